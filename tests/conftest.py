@@ -1,0 +1,16 @@
+"""Strict JAX settings for every test: no implicit dtype or rank promotion, float32 matmuls that are float32."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+from hypothesis import settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+settings.register_profile("quire", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("quire")
