@@ -1,0 +1,1 @@
+"""Attention over a KV cache kept in blocks, addressed through block tables."""

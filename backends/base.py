@@ -1,0 +1,145 @@
+"""What a backend is: the capabilities of a device, the shapes that will be compiled for it, and who compiles them.
+
+Lowering, compiling and running are apart, since on some devices another compiler than jax's makes the program, or another
+runtime runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from quire.kernels.ops import Ops
+from quire.kernels.sampling.rows import SamplingMode
+from quire.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a device can do, as data. Whoever needs to know reads a field; nobody asks which device it is."""
+
+    platform: str
+    device_kind: str
+    mixed_batches: bool
+    """Whether decode rows and prefill tiles may share a step."""
+    dtypes: tuple[str, ...]
+    """Dtypes that weights and activations may have."""
+    default_dtype: str | None
+    """The dtype that "auto" stands for; None is the checkpoint's own."""
+    block_size: int
+    """The KV cache's block size unless the user gives one, in tokens."""
+    block_size_multiple: int
+    tile_size: int
+    """Tokens in one prefill tile."""
+    scan_layers: bool
+    """Layers stacked and scanned with the cache in one array, or unrolled with one cache array per layer."""
+    cache_bits_dtype: dict[str, str]
+    """The dtype in which the cache holds the bits of another one, where that is what keeps it from being copied."""
+    max_num_seqs: int
+    """Default for the number of requests that run at once."""
+    default_max_model_len: int
+    """Longest sequence, in tokens, unless the user asks for more."""
+    max_prefill_tokens: int
+    """Default for the prompt tokens of one step."""
+    max_tensor_parallel_size: int
+
+
+@dataclass(frozen=True, order=True)
+class StepShape:
+    """Everything static about one compiled step. A batch runs in the cheapest shape that covers it."""
+
+    decode_rows: int
+    prefill_tiles: int
+    tile_size: int
+    context_blocks: int
+    """Blocks of a row that attention can reach."""
+    num_decode_steps: int = 1
+    sampling: SamplingMode = SamplingMode.GREEDY
+    prompt_logprobs: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the dense layers see per pass."""
+        return self.decode_rows + self.prefill_tiles * self.tile_size
+
+    @property
+    def num_logit_rows(self) -> int:
+        """Rows whose next token is sampled."""
+        return self.decode_rows + self.prefill_tiles
+
+    def covers(self, need: StepShape) -> bool:
+        """Whether a batch that needs at least `need` can run in this shape."""
+        return (
+            self.decode_rows >= need.decode_rows
+            and self.prefill_tiles >= need.prefill_tiles
+            and self.context_blocks >= need.context_blocks
+            and self.num_decode_steps == need.num_decode_steps
+            and self.sampling >= need.sampling
+            and self.prompt_logprobs >= need.prompt_logprobs
+        )
+
+    def describe(self) -> str:
+        """Short form for logs: `decode 32 + prefill 8x32, context 64 blocks, random`."""
+        parts = []
+        if self.decode_rows:
+            steps = f" x{self.num_decode_steps} steps" if self.num_decode_steps > 1 else ""
+            parts.append(f"decode {self.decode_rows}{steps}")
+        if self.prefill_tiles:
+            parts.append(f"prefill {self.prefill_tiles}x{self.tile_size}")
+        extra = ", prompt logprobs" if self.prompt_logprobs else ""
+        return f"{' + '.join(parts)}, context {self.context_blocks} blocks, {self.sampling.name.lower()}{extra}"
+
+
+@dataclass(frozen=True)
+class ShapeLimits:
+    """What the compiled shapes must be able to hold."""
+
+    max_num_seqs: int
+    max_prefill_tiles: int
+    max_model_len: int
+    block_size: int
+    decode_steps_per_dispatch: int
+
+
+Program = Callable[..., Any]
+"""A pure function (params, state, inputs) -> (state, output) whose state is donated."""
+
+
+class Backend(Protocol):
+    """A device and its compiler. Features become a field of `Capabilities` or an op, not a method here."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
+        """The devices that one model is spread over. Raises BackendError when there are too few."""
+        ...
+
+    def select_ops(self, config: ModelConfig, dtype: str, block_size: int, wanted: dict[str, str] | None) -> Ops:
+        """The kernels that serve this model; see `quire.kernels.ops.choose_ops`."""
+        ...
+
+    def kv_cache_bytes(self, memory_utilization: float) -> int:
+        """Bytes that the KV cache may take, after the weights are loaded."""
+        ...
+
+    def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
+        """Every shape that will ever be compiled; some shape covers any batch within `limits`."""
+        ...
+
+    def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
+        """Traces `program` for abstract `arguments` into the compiler's input; `donate` are the indices given up."""
+        ...
+
+    def compile(self, lowered: Any) -> Program:
+        """Turns what `lower` gave into something callable with real arguments."""
+        ...
+
+    def profile(self, folder: Path) -> AbstractContextManager[Any]:
+        """Records what the device does within the context, for the profiler's viewer, into `folder`."""
+        ...

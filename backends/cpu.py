@@ -1,0 +1,139 @@
+"""The CPU: runs everywhere, and is what a newcomer meets first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
+from quire.backends.environment import available_memory, cpu_flags
+from quire.kernels.errors import BackendError
+from quire.kernels.op import OpContext
+from quire.kernels.ops import Ops, choose_ops
+from quire.kernels.sampling.rows import SamplingMode
+from quire.models.config import ModelConfig
+
+# Rows of a decode rectangle grow by this factor from shape to shape: a step is at most so much wider than its batch.
+ROW_FACTOR = 4
+# A second, shorter context is compiled where the reference attention, which gathers a row's whole table, would gain most.
+SHORT_CONTEXT_SHARE = 4
+MIN_SHORT_CONTEXT = 256
+
+
+class CpuBackend:
+    """XLA:CPU through jax's own client, all cores as one device."""
+
+    def __init__(self) -> None:
+        try:
+            self._device = jax.devices("cpu")[0]
+        except RuntimeError as error:
+            raise BackendError(f"jax has no CPU device here ({error}); is JAX_PLATFORMS set without cpu?") from error
+        self.capabilities = Capabilities(
+            platform="cpu",
+            device_kind=self._device.device_kind,
+            mixed_batches=True,
+            dtypes=("float32", "bfloat16"),
+            # XLA:CPU has fast bfloat16 products only where the processor has them; elsewhere float32 is quicker than converting.
+            default_dtype=None if {"avx512_bf16", "amx_bf16"} & cpu_flags() else "float32",
+            block_size=16,
+            block_size_multiple=1,
+            tile_size=32,
+            # Unrolled, with one array per layer: under a scan XLA:CPU copies the cache.
+            scan_layers=False,
+            # XLA:CPU widens a bfloat16 cache to update it and copies it whole; 16-bit integers are updated in place.
+            cache_bits_dtype={"bfloat16": "uint16"},
+            max_num_seqs=32,
+            # The reference attention gathers all that a row may reach, so a context that nobody uses still costs time.
+            default_max_model_len=2048,
+            max_prefill_tokens=256,
+            max_tensor_parallel_size=1,
+        )
+
+    def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
+        if tensor_parallel_size > self.capabilities.max_tensor_parallel_size:
+            raise BackendError(
+                f"tensor_parallel_size={tensor_parallel_size}: the CPU backend runs a model on one device; leave it at 1"
+            )
+        return jax.sharding.Mesh(np.array([self._device]), ("model",))
+
+    def select_ops(self, config: ModelConfig, dtype: str, block_size: int, wanted: dict[str, str] | None) -> Ops:
+        context = OpContext(
+            platform="cpu",
+            device_kind=self.capabilities.device_kind,
+            dtype=dtype,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block_size,
+        )
+        return choose_ops(context, wanted)
+
+    def kv_cache_bytes(self, memory_utilization: float) -> int:
+        return int(available_memory() * memory_utilization)
+
+    def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
+        full = -(-limits.max_model_len // limits.block_size)
+        short = max(full // SHORT_CONTEXT_SHARE, -(-MIN_SHORT_CONTEXT // limits.block_size))
+        contexts = (short, full) if 2 * short <= full else (full,)
+        rows = decode_row_sizes(limits.max_num_seqs)
+        step_counts = sorted({1, limits.decode_steps_per_dispatch})
+        decode = [
+            StepShape(r, 0, self.capabilities.tile_size, c, n) for r in rows for c in contexts for n in step_counts
+        ]
+        tiles = sorted({min(2, limits.max_prefill_tiles), limits.max_prefill_tiles})
+        mixed_rows = sorted({rows[min(1, len(rows) - 1)], rows[-1]})
+        mixed = [StepShape(r, p, self.capabilities.tile_size, full) for r in mixed_rows for p in tiles]
+        return with_sampling(decode, mixed)
+
+    def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
+        return jax.jit(program, donate_argnums=tuple(donate)).lower(*arguments)
+
+    def compile(self, lowered: Any) -> Program:
+        compiled: Program = lowered.compile()
+        return compiled
+
+    def profile(self, folder: Path) -> AbstractContextManager[Any]:
+        return jax.profiler.trace(str(folder))
+
+
+def decode_row_sizes(max_num_seqs: int) -> list[int]:
+    """Row counts of the decode shapes: 1, 8, then times ROW_FACTOR, the largest exactly `max_num_seqs`."""
+    sizes = [1]
+    size = 8
+    while size < max_num_seqs:
+        sizes.append(size)
+        size *= ROW_FACTOR
+    return sizes if max_num_seqs == 1 else [*sizes, max_num_seqs]
+
+
+def with_sampling(decode: Sequence[StepShape], mixed: Sequence[StepShape]) -> list[StepShape]:
+    """Each shape for greedy and for plain random sampling; the full sampler, which few requests need, for the fewest that cover all."""
+    shapes = [*decode, *mixed]
+    common = [_with(shape, mode) for shape in shapes for mode in (SamplingMode.GREEDY, SamplingMode.RANDOM)]
+    largest = max(mixed, key=lambda shape: shape.num_tokens)
+    widest = max(shape.context_blocks for shape in decode)
+    rows = {min(shape.decode_rows for shape in decode), max(shape.decode_rows for shape in decode)}
+    full = [_with(s, SamplingMode.FULL) for s in decode if s.context_blocks == widest and s.decode_rows in rows]
+    return [
+        *common,
+        *full,
+        _with(largest, SamplingMode.FULL),
+        _with(largest, SamplingMode.FULL, prompt_logprobs=True),
+    ]
+
+
+def _with(shape: StepShape, sampling: SamplingMode, *, prompt_logprobs: bool = False) -> StepShape:
+    return StepShape(
+        shape.decode_rows,
+        shape.prefill_tiles,
+        shape.tile_size,
+        shape.context_blocks,
+        shape.num_decode_steps,
+        sampling,
+        prompt_logprobs,
+    )

@@ -1,0 +1,47 @@
+"""The one place where the process's environment is read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: $QUIRE_CACHE, else quire/ in $XDG_CACHE_HOME or ~/.cache."""
+    if explicit := os.environ.get("QUIRE_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "quire"
+
+
+def cgroup_memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process's control group may use, None without a limit (v2, then v1; man cgroups(7))."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = root / name
+        if path.is_file():
+            text = path.read_text().strip()
+            # v1 spells "no limit" as a number near 2^63.
+            if text != "max" and int(text) < 1 << 60:
+                return int(text)
+    return None
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of host memory that can still be used: the kernel's estimate, capped by the control group's limit."""
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    else:  # not Linux: half of what is installed
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit = cgroup_memory_limit()
+    return free if limit is None else min(free, limit)
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Instruction-set flags of the first processor, as Linux names them; empty where there is no such file."""
+    if not cpuinfo.is_file():
+        return frozenset()
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()

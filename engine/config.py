@@ -1,0 +1,276 @@
+"""The engine's settings: frozen, composed, each field with the sentence that explains it.
+
+`EngineConfig.from_arguments` takes them flat, as `LLM(...)` and the command line spell them; the flags are made from the fields. None
+stands for "decide for me": `resolve` fills it in from the model and the device, into a new object, and says what it chose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from quire.backends.base import Capabilities
+from quire.engine.admission import BATCHING_POLICIES, BatchingPolicy
+from quire.engine.sampling_params import MAX_LOGPROBS
+from quire.engine.step_data import StepLimits
+from quire.kernels.errors import InvalidConfigError
+from quire.models.config import ModelConfig
+
+DTYPES = ("auto", "float32", "bfloat16")
+LOAD_FORMATS = ("auto", "dummy")
+SCHEDULING_POLICIES = ("fcfs", "priority")
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and in which form."""
+
+    model: str = _option("demo", "Hugging Face id, a folder, or demo / demo-draft for the bundled models.")
+    tokenizer: str | None = _option(None, "Id or folder of the tokenizer; the model's own when left out.")
+    load_format: Literal["auto", "dummy"] = _option(
+        "auto", "auto reads the checkpoint; dummy makes random weights from config.json alone.", LOAD_FORMATS
+    )
+    dtype: str = _option("auto", "Dtype of weights, activations and cache; auto is the device's choice.", DTYPES)
+    max_model_len: int | None = _option(None, "Most tokens of prompt and output together.")
+    seed: int = _option(0, "Seed of requests that bring none, and of dummy weights.")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How the KV cache is laid out."""
+
+    block_size: int | None = _option(None, "Tokens in one block of the KV cache.")
+    num_kv_blocks: int | None = _option(None, "Blocks of the KV cache; from the device's free memory when left out.")
+    memory_utilization: float = _option(0.5, "Share of the memory left after loading that the KV cache may take.")
+    enable_prefix_caching: bool = _option(True, "Reuse the blocks of prompts that begin alike.")
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """How requests share the device."""
+
+    max_num_seqs: int | None = _option(None, "Most requests that run at once.")
+    max_num_batched_tokens: int | None = _option(None, "Most tokens in one step, decode rows and prompts together.")
+    scheduling_policy: Literal["fcfs", "priority"] = _option(
+        "fcfs",
+        "fcfs serves in order of arrival; priority also by the request's number, low first.",
+        SCHEDULING_POLICIES,
+    )
+    priority_seconds: float = _option(
+        60.0, "Under the priority policy, how many seconds later a request counts as arrived per unit of priority."
+    )
+    batching: BatchingPolicy = _option(
+        "continuous", "When waiting requests are let in; windowed and static are baselines.", BATCHING_POLICIES
+    )
+    batching_window: float = _option(0.05, "Seconds that requests gather under windowed batching.")
+    async_scheduling: bool = _option(True, "Launch a step before the tokens of the last one are read.")
+    decode_steps_per_dispatch: int = _option(1, "Decode steps in one dispatch while nobody waits to be let in.")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where and how it runs."""
+
+    device: str = _option("auto", "auto, cpu, tpu, neuron or simulated.")
+    tensor_parallel_size: int = _option(1, "Devices that one model is spread over.")
+    kernels: str | None = _option(None, "Force implementations: op=name, several separated by commas.")
+    compilation_cache: bool = _option(True, "Keep compiled programs on disk ($QUIRE_CACHE) for the next start.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything a user can set, as given."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+    @classmethod
+    def from_arguments(cls, **arguments: Any) -> EngineConfig:
+        """From flat keyword arguments. Raises InvalidConfigError naming an unknown one, or a value that cannot be."""
+        groups: dict[str, Any] = {}
+        known = set()
+        for group in fields(cls):
+            options_type = _GROUPS[group.name]
+            names = {option.name for option in fields(options_type)}
+            known |= names
+            groups[group.name] = options_type(**{k: v for k, v in arguments.items() if k in names})
+        unknown = sorted(set(arguments) - known)
+        if unknown:
+            raise InvalidConfigError(f"unknown setting {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
+        config = cls(**groups)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raises InvalidConfigError for a value that no model or device could make right."""
+        for group in fields(self):
+            for option in fields(_GROUPS[group.name]):
+                value = getattr(getattr(self, group.name), option.name)
+                _check_value(option, value)
+        if not 0.0 < self.cache.memory_utilization <= 1.0:
+            raise InvalidConfigError(
+                f"memory_utilization is a share of memory, above 0 and at most 1, not {self.cache.memory_utilization}"
+            )
+
+
+_GROUPS: dict[str, Any] = {
+    "model": ModelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+    "device": DeviceOptions,
+}
+
+
+def _check_value(option: dataclasses.Field[Any], value: Any) -> None:
+    choices = option.metadata["choices"]
+    if choices is not None and value not in choices:
+        raise InvalidConfigError(f"{option.name}={value!r} is not one of {', '.join(choices)}")
+    annotation = str(option.type)
+    if value is None:
+        if "None" not in annotation:
+            raise InvalidConfigError(f"{option.name} must not be None")
+    elif annotation.startswith("bool"):
+        if not isinstance(value, bool):
+            raise InvalidConfigError(f"{option.name} must be True or False, not {value!r}")
+    elif annotation.startswith("int"):
+        least = 0 if option.name == "seed" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InvalidConfigError(f"{option.name} must be a whole number of at least {least}, not {value!r}")
+    elif annotation.startswith("float"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise InvalidConfigError(f"{option.name} must be a number of at least 0, not {value!r}")
+    elif not isinstance(value, str):
+        raise InvalidConfigError(f"{option.name} must be a string, not {value!r}")
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """Every number decided. `notes` are sentences about decisions that a user may want to overrule."""
+
+    dtype: str
+    max_model_len: int
+    block_size: int
+    num_kv_blocks: int
+    enable_prefix_caching: bool
+    sliding_window: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_logprobs: int
+    limits: StepLimits
+    notes: tuple[str, ...]
+
+
+def resolve_dtype(config: EngineConfig, model: ModelConfig, capabilities: Capabilities) -> str:
+    """The dtype to load weights in. Raises InvalidConfigError for one the device lacks."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = capabilities.default_dtype or model.dtype
+        # Half precision is a storage format of checkpoints; bfloat16 is what the devices compute in.
+        dtype = "bfloat16" if dtype == "float16" else dtype
+    if dtype not in capabilities.dtypes:
+        raise InvalidConfigError(
+            f"dtype {dtype!r} does not run on {capabilities.platform}; there are: {', '.join(capabilities.dtypes)}"
+        )
+    return dtype
+
+
+def resolve(
+    config: EngineConfig,
+    model: ModelConfig,
+    capabilities: Capabilities,
+    *,
+    cache_bytes: int,
+    block_bytes: int,
+    block_size: int,
+) -> ResolvedConfig:
+    """Decides what was left open, and checks that the parts fit each other.
+
+    Args:
+        cache_bytes: what the device can give to the KV cache.
+        block_bytes: what one block of `block_size` tokens takes over all layers.
+
+    Raises InvalidConfigError with both numbers and the remedy where something does not fit.
+    """
+    notes: list[str] = []
+    max_num_seqs = config.scheduler.max_num_seqs or capabilities.max_num_seqs
+    max_model_len = _max_model_len(config, model, capabilities, notes)
+    blocks_per_request = -(-max_model_len // block_size)
+    num_kv_blocks = config.cache.num_kv_blocks
+    if num_kv_blocks is None:
+        # More than every running request at full length is only of use to the prefix cache: leave the memory alone.
+        num_kv_blocks = min(cache_bytes // block_bytes, max_num_seqs * blocks_per_request + 1)
+    if num_kv_blocks - 1 < blocks_per_request:
+        raise InvalidConfigError(
+            f"the KV cache has {num_kv_blocks - 1} usable blocks of {block_size} tokens, and one request of max_model_len="
+            f"{max_model_len} needs {blocks_per_request}; lower max_model_len or give the cache more "
+            f"(num_kv_blocks, memory_utilization; {cache_bytes / 2**20:.0f} MiB were free for it)"
+        )
+    tile_size = capabilities.tile_size
+    max_num_batched_tokens = config.scheduler.max_num_batched_tokens or max_num_seqs + capabilities.max_prefill_tokens
+    if max_num_batched_tokens < max_num_seqs + tile_size:
+        raise InvalidConfigError(
+            f"max_num_batched_tokens={max_num_batched_tokens} has no room for a decode row of each of max_num_seqs="
+            f"{max_num_seqs} requests and a prefill tile of {tile_size} tokens; raise it to {max_num_seqs + tile_size} "
+            "or lower max_num_seqs"
+        )
+    limits = StepLimits(
+        max_decode_rows=max_num_seqs,
+        max_prefill_tiles=(max_num_batched_tokens - max_num_seqs) // tile_size,
+        tile_size=tile_size,
+        mixed_batches=capabilities.mixed_batches,
+    )
+    windows = set(model.sliding_windows)
+    sliding_window = windows.pop() if len(windows) == 1 else None
+    return ResolvedConfig(
+        dtype=resolve_dtype(config, model, capabilities),
+        max_model_len=max_model_len,
+        block_size=block_size,
+        num_kv_blocks=num_kv_blocks,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        sliding_window=sliding_window,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_logprobs=min(MAX_LOGPROBS, model.vocab_size),
+        limits=limits,
+        notes=tuple(notes),
+    )
+
+
+def resolve_block_size(config: EngineConfig, capabilities: Capabilities) -> int:
+    """Tokens in one block. Raises InvalidConfigError where the device needs another multiple."""
+    block_size = config.cache.block_size or capabilities.block_size
+    if block_size % capabilities.block_size_multiple:
+        raise InvalidConfigError(
+            f"block_size={block_size} is not a multiple of {capabilities.block_size_multiple}, as {capabilities.platform} needs"
+        )
+    return block_size
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, capabilities: Capabilities, notes: list[str]) -> int:
+    wanted = config.model.max_model_len
+    longest = model.max_position_embeddings
+    if wanted is None:
+        if longest <= capabilities.default_max_model_len:
+            return longest
+        notes.append(
+            f"max_model_len is {capabilities.default_max_model_len}, as {capabilities.platform} has it; the model was made "
+            f"for {longest}: set max_model_len for longer sequences"
+        )
+        return capabilities.default_max_model_len
+    if wanted > longest:
+        raise InvalidConfigError(
+            f"max_model_len={wanted} is beyond the {longest} positions the model was made for; lower it to {longest}"
+        )
+    return wanted
+
+
+def option_fields() -> list[dataclasses.Field[Any]]:
+    """Every setting's field, for making flags and documentation of it."""
+    return [option for options_type in _GROUPS.values() for option in fields(options_type)]

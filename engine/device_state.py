@@ -1,0 +1,176 @@
+"""What stays on the device from step to step: the KV cache, and a row of state for every request that runs.
+
+S slots (max_num_seqs) and one more, the sink, where padding reads and writes. L tokens of max_model_len, V vocabulary,
+B biased tokens, NS stop tokens, NB bad words of LB tokens.
+
+The newest token of a request and its position live here, not on the host, so that the next step can be launched before this
+one's tokens have been read, several steps can run in one dispatch, and a speculative step can advance rows by different lengths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quire.backends.base import Capabilities
+from quire.engine.sampling_params import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
+from quire.engine.step_data import AdmittedRequest
+from quire.kernels.paged_attention.contract import cache_shape
+from quire.kernels.sampling.noise import seed_key
+from quire.kernels.sampling.rows import SamplingMode
+from quire.models.config import ModelConfig
+
+# A request's stop tokens plus those of the model, which end a sequence too and are banned below min_tokens.
+NUM_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
+
+
+@flax.struct.dataclass
+class Slots:
+    """One row per slot; leading axis S + 1, or absent in the row of a single request."""
+
+    tokens: Any  # [L] int32, prompt then output; anything from num_tokens on
+    num_tokens: Any  # int32
+    prompt_len: Any  # int32
+    max_total_tokens: Any  # int32; a row that has so many tokens is not computed any further
+    temperature: Any  # float32
+    key: Any  # [2] uint32
+    top_k: Any  # int32
+    top_p: Any  # float32
+    min_p: Any  # float32
+    repetition_penalty: Any  # float32
+    presence_penalty: Any  # float32
+    frequency_penalty: Any  # float32
+    bias_ids: Any  # [B] int32
+    bias_values: Any  # [B] float32
+    allowed_mask: Any  # [ceil(V / 32)] uint32
+    min_tokens: Any  # int32
+    stop_ids: Any  # [NS] int32
+    bad_words: Any  # [NB, LB] int32
+
+
+@flax.struct.dataclass
+class DeviceState:
+    """Donated to every step and returned by it; never copied."""
+
+    kv_cache: Any  # tuple of L arrays of `cache_shape`, or one array with the layers along the block axis
+    slots: Slots
+
+
+def empty_row(max_model_len: int, vocab_size: int) -> Slots:
+    """The row of a slot that nobody holds: it has no tokens and may have none, so it is never active."""
+    return Slots(
+        tokens=np.zeros(max_model_len, np.int32),
+        num_tokens=np.int32(0),
+        prompt_len=np.int32(0),
+        max_total_tokens=np.int32(0),
+        temperature=np.float32(0.0),
+        key=np.zeros(2, np.uint32),
+        top_k=np.int32(0),
+        top_p=np.float32(1.0),
+        min_p=np.float32(0.0),
+        repetition_penalty=np.float32(1.0),
+        presence_penalty=np.float32(0.0),
+        frequency_penalty=np.float32(0.0),
+        bias_ids=np.full(MAX_LOGIT_BIAS, -1, np.int32),
+        bias_values=np.zeros(MAX_LOGIT_BIAS, np.float32),
+        allowed_mask=np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32),
+        min_tokens=np.int32(0),
+        stop_ids=np.full(NUM_STOP_IDS, -1, np.int32),
+        bad_words=np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, np.int32),
+    )
+
+
+def request_row(admitted: AdmittedRequest, max_model_len: int, vocab_size: int) -> Slots:
+    """The row of a request that takes a slot, from its tokens and its sampling parameters."""
+    row, params = empty_row(max_model_len, vocab_size), admitted.params
+    row.tokens[: len(admitted.token_ids)] = admitted.token_ids
+    assert params.seed is not None, "the engine gives every request a seed"
+    if params.logit_bias:
+        row.bias_ids[: len(params.logit_bias)] = list(params.logit_bias)
+        row.bias_values[: len(params.logit_bias)] = list(params.logit_bias.values())
+    if params.allowed_token_ids is not None:
+        row.allowed_mask[:] = _bitmask(params.allowed_token_ids, len(row.allowed_mask))
+    row.stop_ids[: len(admitted.stop_ids)] = admitted.stop_ids
+    for idx, word in enumerate(admitted.bad_words):
+        row.bad_words[idx, MAX_BAD_WORD_TOKENS - len(word) :] = word
+    replaced: Slots = row.replace(  # type: ignore[attr-defined]
+        num_tokens=np.int32(len(admitted.token_ids)),
+        prompt_len=np.int32(admitted.prompt_len),
+        max_total_tokens=np.int32(admitted.max_total_tokens),
+        temperature=np.float32(params.temperature),
+        key=seed_key(params.seed),
+        top_k=np.int32(params.top_k),
+        top_p=np.float32(params.top_p),
+        min_p=np.float32(params.min_p),
+        repetition_penalty=np.float32(params.repetition_penalty),
+        presence_penalty=np.float32(params.presence_penalty),
+        frequency_penalty=np.float32(params.frequency_penalty),
+        min_tokens=np.int32(params.min_tokens),
+    )
+    return replaced
+
+
+def sampling_mode(params: SamplingParams) -> SamplingMode:
+    """The least sampling program that honours `params`."""
+    changes_logits = (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+        or bool(params.logit_bias)
+        or params.allowed_token_ids is not None
+        or bool(params.bad_words)
+        or params.min_tokens > 0
+    )
+    is_random = params.temperature > 0.0
+    truncates = is_random and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+    if changes_logits or truncates or params.logprobs is not None:
+        return SamplingMode.FULL
+    return SamplingMode.RANDOM if is_random else SamplingMode.GREEDY
+
+
+def empty_slots(num_slots: int, max_model_len: int, vocab_size: int) -> Slots:
+    """Slots [num_slots + 1, ...] that nobody holds; the last is the sink."""
+    row = empty_row(max_model_len, vocab_size)
+    stacked: Slots = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (num_slots + 1, *leaf.shape)), row)
+    return jax.tree.map(jnp.array, stacked)
+
+
+def write_row(slots: Slots, slot: jax.Array, row: Slots) -> Slots:
+    """The slots with one row replaced; compiled once, with `slots` donated."""
+    written: Slots = jax.tree.map(
+        lambda all_rows, new: jax.lax.dynamic_update_index_in_dim(all_rows, new, slot, 0), slots, row
+    )
+    return written
+
+
+def cache_block_bytes(config: ModelConfig, block_size: int, dtype: str) -> int:
+    """Bytes that one block takes over all layers."""
+    elements = int(np.prod(cache_shape(1, block_size, config.num_kv_heads, config.head_dim)))
+    return config.num_layers * elements * jnp.dtype(dtype).itemsize
+
+
+def empty_kv_cache(
+    config: ModelConfig, capabilities: Capabilities, num_blocks: int, block_size: int, dtype: str
+) -> jax.Array | tuple[jax.Array, ...]:
+    """A cache of zeros in the layout of the backend: one array with layer l's blocks from l * num_blocks on, or one per layer."""
+    bits = jnp.dtype(capabilities.cache_bits_dtype.get(dtype, dtype))
+    shape = cache_shape(num_blocks, block_size, config.num_kv_heads, config.head_dim)
+    if capabilities.scan_layers:
+        return jnp.zeros((config.num_layers * num_blocks, *shape[1:]), bits)
+    return tuple(jnp.zeros(shape, bits) for _ in range(config.num_layers))
+
+
+def _bitmask(token_ids: tuple[int, ...], num_words: int) -> np.ndarray:
+    allowed = np.zeros(num_words * 32, bool)
+    allowed[list(token_ids)] = True
+    return np.packbits(allowed.reshape(num_words, 4, 8), axis=2, bitorder="little").reshape(-1).view("<u4")

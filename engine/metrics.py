@@ -1,0 +1,82 @@
+"""What an engine counts and measures: plain numbers, read at any time, exported by whoever serves them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from quire.engine.model_runner import ModelRunner
+from quire.engine.scheduler import Scheduler
+
+
+class StepSeconds:
+    """Seconds the host spent in each part of its steps: schedule, launch, wait (for the device) and update."""
+
+    def __init__(self) -> None:
+        self.schedule = 0.0
+        self.launch = 0.0
+        self.wait = 0.0
+        self.update = 0.0
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the time spent inside the context to `part`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, part, getattr(self, part) + time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """One reading. Counts since the start, except the gauges in the first group."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage: float
+    kv_wasted_tokens: int
+
+    num_steps: int
+    num_finished: int
+    num_preemptions: int
+    num_generation_tokens: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_real_tokens: int
+    num_padding_tokens: int
+    num_compilations: int
+    num_recompilations: int
+    compile_seconds: float
+    schedule_seconds: float
+    launch_seconds: float
+    wait_seconds: float
+    update_seconds: float
+
+    @classmethod
+    def read(cls, scheduler: Scheduler, runner: ModelRunner, seconds: StepSeconds) -> EngineStats:
+        """Reads everything now; takes microseconds per running request."""
+        usage = scheduler.kv_cache.usage(scheduler.running)
+        return cls(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            kv_cache_usage=usage.used_fraction,
+            kv_wasted_tokens=usage.num_wasted_tokens,
+            num_steps=scheduler.counters.num_steps,
+            num_finished=scheduler.counters.num_finished,
+            num_preemptions=scheduler.counters.num_preemptions,
+            num_generation_tokens=scheduler.counters.num_generation_tokens,
+            num_prefix_queries=scheduler.kv_cache.num_prefix_queries,
+            num_prefix_hits=scheduler.kv_cache.num_prefix_hits,
+            num_real_tokens=runner.counters.num_real_tokens,
+            num_padding_tokens=runner.counters.num_padding_tokens,
+            num_compilations=runner.compilations.num_in_warm_up,
+            num_recompilations=runner.compilations.num_after_warm_up,
+            compile_seconds=runner.compilations.seconds,
+            schedule_seconds=seconds.schedule,
+            launch_seconds=seconds.launch,
+            wait_seconds=seconds.wait,
+            update_seconds=seconds.update,
+        )

@@ -1,0 +1,213 @@
+"""From the engine core's token ids to what a caller reads: text, stop strings, logprobs, one output per request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quire.engine.detokenizer import IncrementalDetokenizer
+from quire.engine.input_processor import ProcessedRequest
+from quire.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
+from quire.engine.sampling_params import RequestOutputKind
+from quire.engine.step_data import EngineCoreOutput, TokenLogprobs
+from quire.engine.tokenizer import Tokenizer
+
+
+@dataclass
+class _Choice:
+    index: int
+    detokenizer: IncrementalDetokenizer | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_emitted_tokens: int = 0
+
+
+@dataclass
+class _State:
+    request: ProcessedRequest
+    choices: list[_Choice]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+
+class OutputProcessor:
+    """Owns, for every open request, the text and the tokens so far. Knows nothing of steps, blocks or devices."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._states: dict[str, _State] = {}
+        self._choice_of: dict[str, tuple[_State, _Choice]] = {}
+
+    def add(self, request: ProcessedRequest) -> None:
+        """A request was handed to the engine core; its outputs will come."""
+        params = request.params
+        choices = [
+            _Choice(
+                index=idx,
+                detokenizer=self._detokenizer(request),
+                logprobs=None if params.logprobs is None else [],
+                cumulative_logprob=None if params.logprobs is None else 0.0,
+            )
+            for idx in range(params.n)
+        ]
+        state = _State(request, choices, None if params.prompt_logprobs is None else [None])
+        self._states[request.request_id] = state
+        for core_request, choice in zip(request.choices, choices, strict=True):
+            self._choice_of[core_request.request_id] = (state, choice)
+
+    def process(self, outputs: Sequence[EngineCoreOutput]) -> tuple[list[RequestOutput], list[str]]:
+        """Takes a step's outputs in.
+
+        Returns what callers get, and the core's ids of requests that a stop string ended, which the core must abort.
+        """
+        touched: dict[str, _State] = {}
+        to_abort: list[str] = []
+        for output in outputs:
+            found = self._choice_of.get(output.request_id)
+            if found is None:
+                continue  # ended by a stop string or an abort while its next token was on its way
+            state, choice = found
+            self._take(state, choice, output)
+            if choice.finish_reason is not None:
+                del self._choice_of[output.request_id]
+                if output.finish_reason is None:
+                    to_abort.append(output.request_id)
+            touched[state.request.request_id] = state
+        return [made for state in touched.values() if (made := self._emit(state)) is not None], to_abort
+
+    def abort(self, request_id: str) -> tuple[RequestOutput | None, list[str]]:
+        """Ends a request for its caller: its last output, and the core's ids to abort. (None, []) when it is unknown."""
+        state = self._states.get(request_id)
+        if state is None:
+            return None, []
+        open_ids = []
+        for core_request, choice in zip(state.request.choices, state.choices, strict=True):
+            if choice.finish_reason is None:
+                choice.finish_reason = "abort"
+                if choice.detokenizer is not None:
+                    choice.detokenizer.finish()
+                del self._choice_of[core_request.request_id]
+                open_ids.append(core_request.request_id)
+        return self._emit(state), open_ids
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests whose last output has not been given yet."""
+        return len(self._states)
+
+    def _detokenizer(self, request: ProcessedRequest) -> IncrementalDetokenizer | None:
+        if self._tokenizer is None or not request.params.detokenize:
+            return None
+        return IncrementalDetokenizer(self._tokenizer, request.params, request.prompt_token_ids)
+
+    def _take(self, state: _State, choice: _Choice, output: EngineCoreOutput) -> None:
+        state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
+        state.num_preemptions = max(state.num_preemptions, output.num_preemptions)
+        state.first_scheduled_time = state.first_scheduled_time or output.first_scheduled_time
+        if output.prompt_logprobs and state.prompt_logprobs is not None and choice.index == 0:
+            self._take_prompt_logprobs(state, output.prompt_logprobs)
+        token_ids = output.new_token_ids
+        if token_ids and state.first_token_time is None:
+            state.first_token_time = time.monotonic()
+        choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
+        if choice.detokenizer is not None:
+            token_ids = self._take_text(
+                choice, choice.detokenizer, token_ids, state.request.params.include_stop_str_in_output
+            )
+        choice.token_ids.extend(token_ids)
+        if choice.logprobs is not None and output.logprobs is not None:
+            entries = output.logprobs[: len(token_ids)]
+            choice.logprobs.extend(
+                self._logprobs(entry, token_id) for entry, token_id in zip(entries, token_ids, strict=True)
+            )
+            assert choice.cumulative_logprob is not None
+            choice.cumulative_logprob += sum(entry.logprob for entry in entries)
+
+    def _take_text(
+        self, choice: _Choice, detokenizer: IncrementalDetokenizer, token_ids: list[int], include_stop: bool
+    ) -> list[int]:
+        """Adds the tokens' text; the tokens that belong to the output, fewer where a stop string came first."""
+        # The token that ends a sequence has no place in its text unless that is asked for.
+        ends_with_stop_token = choice.finish_reason == "stop" and not include_stop
+        with_text = token_ids[:-1] if ends_with_stop_token else token_ids
+        num_taken = detokenizer.append(with_text)
+        if detokenizer.stop_reason is None and choice.finish_reason is not None:
+            detokenizer.finish()
+        if detokenizer.stop_reason is not None:
+            choice.finish_reason, choice.stop_reason = "stop", detokenizer.stop_reason
+            detokenizer.finish()
+            return token_ids[:num_taken]
+        return token_ids
+
+    def _take_prompt_logprobs(self, state: _State, entries: Sequence[TokenLogprobs]) -> None:
+        assert state.prompt_logprobs is not None
+        begin = len(state.prompt_logprobs)
+        token_ids = state.request.prompt_token_ids[begin : begin + len(entries)]
+        state.prompt_logprobs.extend(
+            self._logprobs(entry, token_id) for entry, token_id in zip(entries, token_ids, strict=True)
+        )
+
+    def _logprobs(self, entry: TokenLogprobs, token_id: int) -> dict[int, Logprob]:
+        """The token's own entry first, then the most likely ones in order."""
+        found = {token_id: Logprob(entry.logprob, entry.rank, self._token_text(token_id))}
+        for rank, (top_id, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
+            if top_id != token_id:
+                found[top_id] = Logprob(logprob, rank, self._token_text(top_id))
+        return found
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+    def _emit(self, state: _State) -> RequestOutput | None:
+        """The request's next output, or None while its kind asks for nothing yet."""
+        request, finished = state.request, state.is_finished
+        if finished:
+            del self._states[request.request_id]
+        if request.params.output_kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return None
+        is_delta = request.params.output_kind is RequestOutputKind.DELTA
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=list(request.prompt_token_ids),
+            prompt_logprobs=state.prompt_logprobs,
+            outputs=[_completion(choice, is_delta) for choice in state.choices],
+            finished=finished,
+            num_cached_tokens=state.num_cached_tokens,
+            metrics=RequestMetrics(
+                arrival_time=request.arrival_time,
+                first_scheduled_time=state.first_scheduled_time,
+                first_token_time=state.first_token_time,
+                finished_time=time.monotonic() if finished else None,
+                num_preemptions=state.num_preemptions,
+            ),
+        )
+
+
+def _completion(choice: _Choice, is_delta: bool) -> CompletionOutput:
+    begin = choice.num_emitted_tokens if is_delta else 0
+    choice.num_emitted_tokens = len(choice.token_ids)
+    text = ""
+    if choice.detokenizer is not None:
+        delta = choice.detokenizer.delta()
+        text = delta if is_delta else choice.detokenizer.text
+    return CompletionOutput(
+        index=choice.index,
+        text=text,
+        token_ids=choice.token_ids[begin:],
+        cumulative_logprob=choice.cumulative_logprob,
+        logprobs=None if choice.logprobs is None else choice.logprobs[begin:],
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+    )

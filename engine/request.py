@@ -1,0 +1,100 @@
+"""A request, as the frontend sends it and as the scheduler tracks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineCoreRequest:
+    """What the frontend asks of the engine core: one prompt, one sequence (`n` is expanded by the frontend).
+
+    `bad_words` are token ids, since the core has no tokenizer; `arrival_time` is in seconds of time.monotonic.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival_time: float
+    eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class Request:
+    """One sequence inside the scheduler.
+
+    There is no prefill phase and no decode phase: `num_computed_tokens` catches up with the request's tokens. It counts
+    every token that a dispatched step computes, also before that step's result is read; `num_in_flight` counts the
+    tokens that dispatched steps will add. Owned and changed by the scheduler alone.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_ids",
+        "cache_salt",
+        "eos_token_ids",
+        "first_scheduled_time",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_hashed_blocks",
+        "num_in_flight",
+        "num_nulled_blocks",
+        "num_preemptions",
+        "num_prompt_logprobs",
+        "order",
+        "params",
+        "prompt_len",
+        "request_id",
+        "slot",
+        "source",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(self, source: EngineCoreRequest, *, max_model_len: int, order: tuple[float, int]) -> None:
+        params = source.params
+        self.source = source
+        self.request_id = source.request_id
+        self.params = params
+        self.cache_salt = source.cache_salt
+        self.token_ids = list(source.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        wanted = max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
+        self.max_total_tokens = min(wanted, max_model_len)
+        self.eos_token_ids = frozenset(() if params.ignore_eos else source.eos_token_ids)
+        self.stop_ids = frozenset(params.stop_token_ids or ())
+        # The scheduler's sort key: the smaller goes first and is preempted last. It never changes, so no request overtakes for ever.
+        self.order = order
+        self.slot = -1
+        self.num_computed_tokens = 0
+        self.num_in_flight = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_prompt_logprobs = 0
+        self.first_scheduled_time: float | None = None
+        # Owned by the KV cache manager.
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.num_hashed_blocks = 0
+        self.num_nulled_blocks = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far whose values are known."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are still to be computed; the last token that may be generated never needs to be."""
+        return min(len(self.token_ids) + self.num_in_flight, self.max_total_tokens - 1) - self.num_computed_tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.request_id}, prompt={self.prompt_len}, tokens={len(self.token_ids)}, "
+            f"computed={self.num_computed_tokens}, in_flight={self.num_in_flight}, slot={self.slot})"
+        )

@@ -1,0 +1,422 @@
+"""Decides, before every step, which tokens of which requests are computed. Runs in microseconds, never imports jax."""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from quire.engine.admission import AdmissionPolicy, Headroom
+from quire.engine.block_pool import NULL_BLOCK
+from quire.engine.kv_cache_manager import KVCacheManager
+from quire.engine.outputs import FinishReason
+from quire.engine.request import EngineCoreRequest, Request
+from quire.engine.step_data import (
+    AdmittedRequest,
+    BlockUpdate,
+    DecodeRow,
+    EngineCoreOutput,
+    ModelRunnerOutput,
+    PrefillChunk,
+    SchedulerOutput,
+    StepLimits,
+    TokenLogprobs,
+)
+from quire.kernels.errors import InvalidRequestError, OutOfBlocksError
+
+
+@dataclass
+class _Plan:
+    """A step while it is being put together."""
+
+    tokens_left: int
+    tiles_left: int
+    num_decode_steps: int
+    admitted: list[AdmittedRequest] = field(default_factory=list)
+    block_updates: list[BlockUpdate] = field(default_factory=list)
+    decode: list[DecodeRow] = field(default_factory=list)
+    prefill: list[PrefillChunk] = field(default_factory=list)
+    chunked: list[Request] = field(default_factory=list)
+    has_preempted: bool = False
+
+
+@dataclass
+class SchedulerCounters:
+    """Counts since the start; only ever grow."""
+
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_finished: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+
+
+def _sort_key(request: Request) -> tuple[float, int]:
+    return request.order
+
+
+class Scheduler:
+    """Owns the requests, from arrival to the last token, and the order in which they are served.
+
+    `schedule` may be called again before the last step's result is in: tokens that are in flight count as tokens, and the
+    device feeds them to the next step itself. `update_from_output` must be called once per step, in order.
+    Knows nothing of devices, shapes, text or time beyond the arrival of a request.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        limits: StepLimits,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        admission: AdmissionPolicy,
+        decode_steps_per_dispatch: int = 1,
+        priority_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`priority_seconds` is how much later a request counts as arrived per unit of priority; 0 is first come, first served."""
+        assert max_num_seqs <= limits.max_decode_rows, (max_num_seqs, limits)
+        self.kv_cache = kv_cache
+        self.limits = limits
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.counters = SchedulerCounters()
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self._admission = admission
+        self._headroom = Headroom(kv_cache.block_size)
+        self._decode_steps_per_dispatch = decode_steps_per_dispatch
+        self._priority_seconds = priority_seconds
+        self._clock = clock
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._num_arrivals = 0
+        self._last_was_prefill = False
+
+    # ---- requests in and out
+
+    def add_request(self, source: EngineCoreRequest) -> None:
+        """Queues a request.
+
+        Raises InvalidRequestError when the prompt cannot fit, or the id is in use; OutOfBlocksError when the whole cache
+        could not hold it.
+        """
+        prompt_len = len(source.prompt_token_ids)
+        if source.request_id in self.requests:
+            raise InvalidRequestError(f"request id {source.request_id!r} is in use; give each request its own")
+        if prompt_len == 0:
+            raise InvalidRequestError("the prompt is empty; give at least one token", parameter="prompt")
+        if prompt_len >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {prompt_len} tokens, and max_model_len is {self.max_model_len}, which leaves no room for a "
+                "token to be generated; shorten the prompt or raise max_model_len",
+                parameter="prompt",
+            )
+        order = (source.arrival_time + self._priority_seconds * source.priority, self._num_arrivals)
+        request = Request(source, max_model_len=self.max_model_len, order=order)
+        needed, usable = self.kv_cache.num_blocks_for(request.max_total_tokens), self.kv_cache.pool.num_usable
+        if needed > usable:
+            raise OutOfBlocksError(
+                f"the request may grow to {request.max_total_tokens} tokens, {needed} blocks, and the KV cache has {usable}; "
+                "lower max_tokens or raise num_kv_blocks"
+            )
+        self._num_arrivals += 1
+        self.requests[request.request_id] = request
+        insort(self.waiting, request, key=_sort_key)
+
+    def abort_request(self, request_id: str) -> bool:
+        """Ends a request at once and frees its blocks; False when there is none by that id (it may just have finished)."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        self._remove(request)
+        return True
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self.requests)
+
+    # ---- a step
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step, or None when there is nothing that can be computed before another result is in."""
+        plan = self._new_plan()
+        prefill_first = not self.limits.mixed_batches and not self._last_was_prefill and self._wants_prefill()
+        if not prefill_first:
+            self._schedule_decodes(plan)
+        if self.limits.mixed_batches or not plan.decode:
+            self._schedule_chunks(plan)
+            self._admit(plan)
+        if not (plan.decode or plan.prefill) and prefill_first:
+            self._schedule_decodes(plan)
+        if not (plan.decode or plan.prefill):
+            return None
+        for request in plan.chunked:
+            self.kv_cache.publish_full_blocks(request)
+        self._last_was_prefill = bool(plan.prefill)
+        self.counters.num_steps += 1
+        return SchedulerOutput(
+            step_idx=self.counters.num_steps,
+            admitted=plan.admitted,
+            block_updates=plan.block_updates,
+            decode=plan.decode,
+            prefill=plan.prefill,
+            num_decode_steps=plan.num_decode_steps,
+            padded_decode_rows=self._admission.padded_decode_rows(len(self.running)) if plan.decode else 0,
+        )
+
+    def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
+        """Takes a step's tokens in; what each request gained by it."""
+        sampled: list[DecodeRow | PrefillChunk] = [*step.decode, *(chunk for chunk in step.prefill if chunk.samples)]
+        outputs = []
+        for row, token_ids, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
+            request = self._find(row)
+            if request is None:
+                continue
+            request.num_in_flight -= row.num_tokens if isinstance(row, DecodeRow) else 1
+            prompt_logprobs = self._new_prompt_logprobs(request, row, result)
+            outputs.append(self._append(request, token_ids, logprobs, prompt_logprobs))
+        for chunk in step.prefill:
+            request = self._find(chunk)
+            if request is not None and not chunk.samples:
+                prompt_logprobs = self._new_prompt_logprobs(request, chunk, result)
+                if prompt_logprobs:
+                    outputs.append(self._output(request, [], prompt_logprobs))
+        return outputs
+
+    # ---- the parts of a step
+
+    def _new_plan(self) -> _Plan:
+        can_repeat = (
+            self._decode_steps_per_dispatch > 1
+            and all(request.num_uncomputed_tokens <= 1 for request in self.running)
+            and not (self.waiting and self._free_slots)
+        )
+        return _Plan(
+            tokens_left=self.max_num_batched_tokens,
+            tiles_left=self.limits.max_prefill_tiles,
+            num_decode_steps=self._decode_steps_per_dispatch if can_repeat else 1,
+        )
+
+    def _wants_prefill(self) -> bool:
+        return bool(self.waiting and self._free_slots) or any(r.num_uncomputed_tokens > 1 for r in self.running)
+
+    def _schedule_decodes(self, plan: _Plan) -> None:
+        """One row for every request whose newest token is all that is left to compute, the first in order first."""
+        idx = 0
+        block_size = self.kv_cache.block_size
+        while idx < len(self.running) and plan.tokens_left > 0:
+            request = self.running[idx]
+            idx += 1
+            if request.num_uncomputed_tokens != 1:
+                continue
+            start = request.num_computed_tokens
+            count = min(plan.num_decode_steps, request.max_total_tokens - 1 - start, plan.tokens_left)
+            if start + count > len(request.block_ids) * block_size and not self._grow(plan, request, start + count):
+                continue
+            self._release_out_of_window(plan, request)
+            request.num_computed_tokens = start + count
+            request.num_in_flight += count
+            plan.tokens_left -= count
+            plan.decode.append(DecodeRow(request.request_id, request.order[1], request.slot, start, count))
+
+    def _grow(self, plan: _Plan, request: Request, num_tokens: int) -> bool:
+        """Makes room for the request to hold `num_tokens`, preempting from the back of the order; False when it went itself."""
+        while True:
+            first_idx = len(request.block_ids)
+            blocks = self.kv_cache.grow(request, num_tokens)
+            if blocks is not None:
+                plan.block_updates.append(BlockUpdate(request.slot, first_idx, blocks))
+                return True
+            victim = self.running[-1]
+            self._preempt(victim)
+            plan.has_preempted = True
+            if victim is request:
+                return False
+
+    def _schedule_chunks(self, plan: _Plan) -> None:
+        """The next piece of every running request that is still catching up; its blocks were given on admission."""
+        for request in self.running:
+            if not plan.tiles_left or plan.tokens_left <= 0:
+                return
+            if request.num_uncomputed_tokens > 1:
+                self._schedule_chunk(plan, request)
+
+    def _schedule_chunk(self, plan: _Plan, request: Request) -> None:
+        tile_size = self.limits.tile_size
+        start = request.num_computed_tokens
+        room = min(plan.tokens_left, plan.tiles_left * tile_size)
+        count = request.num_uncomputed_tokens
+        if count > room:
+            # A piece that is not the last ends on a tile's edge, so that no tile is half empty.
+            count = room - room % tile_size or room
+        self._release_out_of_window(plan, request)
+        request.num_computed_tokens = start + count
+        samples = request.num_computed_tokens == len(request.token_ids)
+        if samples:
+            request.num_in_flight += 1
+        plan.tokens_left -= count
+        plan.tiles_left -= self.limits.num_tiles(count)
+        plan.prefill.append(PrefillChunk(request.request_id, request.order[1], request.slot, start, count, samples))
+        plan.chunked.append(request)
+
+    def _admit(self, plan: _Plan) -> None:
+        """Lets waiting requests in, in order, while there are slots, tiles, tokens and blocks for all they have."""
+        if plan.has_preempted or not self._admission.opens(self.waiting, self.running, self._clock()):
+            return
+        idx, num_waiting = 0, len(self.waiting)
+        while idx < len(self.waiting) and self._free_slots and plan.tiles_left and plan.tokens_left > 0:
+            request = self.waiting[idx]
+            prefix = self.kv_cache.find_prefix(request)
+            if request.num_in_flight or self.kv_cache.is_being_computed(request, prefix):
+                idx += 1  # ready in a step or two: those behind it may go first, this once
+                continue
+            needed = self.kv_cache.num_blocks_to_admit(request, prefix)
+            if needed + self._headroom.blocks(self.running, request) > self.kv_cache.pool.num_free:
+                break  # nobody overtakes a request that waits for blocks, or it might wait for ever
+            del self.waiting[idx]
+            self.kv_cache.admit(request, prefix)
+            request.num_computed_tokens = prefix.num_tokens
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = self._clock()
+                request.num_cached_tokens = prefix.num_tokens
+            request.slot = self._free_slots.pop()
+            insort(self.running, request, key=_sort_key)
+            plan.admitted.append(_admitted(request))
+            self._schedule_chunk(plan, request)
+        self._admission.admitted(num_waiting - len(self.waiting), len(self.waiting))
+
+    def _release_out_of_window(self, plan: _Plan, request: Request) -> None:
+        first_idx, count = self.kv_cache.release_out_of_window(request)
+        if count:
+            plan.block_updates.append(BlockUpdate(request.slot, first_idx, [NULL_BLOCK] * count))
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a request's blocks away; it waits again in its place of the order and computes its tokens anew."""
+        self.running.remove(request)
+        self._give_back(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        self._headroom.preempted()
+        insort(self.waiting, request, key=_sort_key)
+
+    # ---- the parts of an update
+
+    def _find(self, row: DecodeRow | PrefillChunk) -> Request | None:
+        """The row's request, unless an earlier token or an abort ended it while the step was in flight."""
+        request = self.requests.get(row.request_id)
+        return request if request is not None and request.order[1] == row.arrival_idx else None
+
+    def _new_prompt_logprobs(
+        self, request: Request, row: DecodeRow | PrefillChunk, result: ModelRunnerOutput
+    ) -> list[TokenLogprobs] | None:
+        """The row's prompt logprobs that were not handed out before a preemption made it compute them again."""
+        found = result.prompt_logprobs.get(row.request_id)
+        if found is None:
+            return None
+        new = found[max(request.num_prompt_logprobs - row.start, 0) :]
+        request.num_prompt_logprobs += len(new)
+        return new
+
+    def _append(
+        self,
+        request: Request,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs] | None,
+        prompt_logprobs: list[TokenLogprobs] | None,
+    ) -> EngineCoreOutput:
+        """Adds sampled tokens up to the first that ends the request."""
+        num_new = 0
+        finish_reason: FinishReason | None = None
+        stop_reason: int | None = None
+        for token_id in token_ids:
+            request.token_ids.append(token_id)
+            num_new += 1
+            if request.num_output_tokens >= request.params.min_tokens:
+                if token_id in request.eos_token_ids:
+                    finish_reason = "stop"
+                elif token_id in request.stop_ids:
+                    finish_reason, stop_reason = "stop", token_id
+            if finish_reason is None and len(request.token_ids) >= request.max_total_tokens:
+                finish_reason = "length"
+            if finish_reason is not None:
+                break
+        self.counters.num_generation_tokens += num_new
+        if finish_reason is None:
+            if request.slot >= 0:
+                self.kv_cache.publish_full_blocks(request)
+        else:
+            self._remove(request)
+            self.counters.num_finished += 1
+            self._headroom.finished()
+        output = self._output(request, token_ids[:num_new], prompt_logprobs)
+        return replace(
+            output,
+            logprobs=logprobs[:num_new] if logprobs is not None else None,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+        )
+
+    def _output(
+        self, request: Request, token_ids: list[int], prompt_logprobs: list[TokenLogprobs] | None
+    ) -> EngineCoreOutput:
+        return EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=token_ids,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=request.num_cached_tokens,
+            num_preemptions=request.num_preemptions,
+            first_scheduled_time=request.first_scheduled_time,
+        )
+
+    def _remove(self, request: Request) -> None:
+        del self.requests[request.request_id]
+        if request.slot >= 0:
+            self.running.remove(request)
+            self._give_back(request)
+        else:
+            self.waiting.remove(request)
+
+    def _give_back(self, request: Request) -> None:
+        self.kv_cache.release(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+    # ---- laws
+
+    def check(self) -> None:
+        """Asserts the scheduler's laws; cheap enough to run whenever the engine is idle."""
+        self.kv_cache.pool.check()
+        assert len(self.requests) == len(self.running) + len(self.waiting)
+        assert len(self.running) + len(self._free_slots) == self.max_num_seqs
+        slots = [request.slot for request in self.running]
+        assert len(set(slots)) == len(slots)
+        assert _is_sorted(self.running)
+        assert _is_sorted(self.waiting)
+        held = {block for request in self.running for block in request.block_ids} - {NULL_BLOCK}
+        assert len(held) == self.kv_cache.pool.num_used, (len(held), self.kv_cache.pool.num_used)
+
+
+def _admitted(request: Request) -> AdmittedRequest:
+    return AdmittedRequest(
+        request_id=request.request_id,
+        slot=request.slot,
+        token_ids=list(request.token_ids),
+        prompt_len=request.prompt_len,
+        max_total_tokens=request.max_total_tokens,
+        params=request.params,
+        stop_ids=(*sorted(request.eos_token_ids), *sorted(request.stop_ids)),
+        bad_words=request.source.bad_words,
+        block_ids=list(request.block_ids),
+    )
+
+
+def _is_sorted(requests: Iterable[Request]) -> bool:
+    keys = [_sort_key(request) for request in requests]
+    return keys == sorted(keys)

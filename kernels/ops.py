@@ -1,0 +1,44 @@
+"""The set of operations handed to the compiled step: each field is one implementation, chosen by the backend at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.kernels.errors import KernelUnavailableError
+from quire.kernels.op import Choice, Implementation, Op, OpContext
+from quire.kernels.paged_attention.contract import PagedAttention
+from quire.kernels.paged_attention.reference import paged_attention
+from quire.kernels.sampling.contract import Sample
+from quire.kernels.sampling.reference import sample
+
+PAGED_ATTENTION: Op[PagedAttention] = Op("paged_attention", (Implementation("reference", paged_attention),))
+SAMPLE: Op[Sample] = Op("sample", (Implementation("reference", sample),))
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One chosen implementation per op."""
+
+    paged_attention: Choice[PagedAttention]
+    sample: Choice[Sample]
+
+    def describe(self) -> str:
+        """One line per op: what runs, and why not something else."""
+        return "\n".join(choice.describe() for choice in (self.paged_attention, self.sample))
+
+
+def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
+    """Chooses every op for `context`; `wanted` maps an op's name to the implementation that must serve it.
+
+    Raises KernelUnavailableError when a wanted implementation cannot serve or the op's name is unknown.
+    """
+    wanted = dict(wanted or {})
+    ops = Ops(
+        paged_attention=PAGED_ATTENTION.choose(context, wanted.pop(PAGED_ATTENTION.name, None)),
+        sample=SAMPLE.choose(context, wanted.pop(SAMPLE.name, None)),
+    )
+    if wanted:
+        raise KernelUnavailableError(
+            f"unknown op {', '.join(wanted)}; there are: {PAGED_ATTENTION.name}, {SAMPLE.name}"
+        )
+    return ops

@@ -1,0 +1,164 @@
+"""The decoder: one function for every Llama-like family, told apart by `ModelConfig` alone.
+
+Legend: T tokens of a step laid end to end, R rows whose logits are wanted, D hidden size, N query heads, K key and
+value heads, H head dimension, V vocabulary, L layers.
+
+The model knows nothing of requests, rows or blocks. Everything but attention acts on single tokens; attention is the
+caller's `attend`, which also owns the KV cache (any pytree, passed through unseen).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from quire.models.config import ModelConfig
+from quire.models.layers import gated_mlp, linear, rms_norm, soft_cap
+from quire.models.moe import moe_mlp
+from quire.models.params import Layer, Params
+from quire.models.rope import apply_rope, rope_tables
+
+NO_WINDOW = 2**23
+"""The window of a layer without one, where layers with and without share a scanned program; an exact float32 too."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """Which layer `attend` is called for. Under a scan both fields may be traced scalars."""
+
+    layer_idx: int | Array
+    sliding_window: int | Array | None
+    """None: no window. An int: the same for every layer, or this layer's when unrolled. An int32 scalar: this layer's
+    under a scan over layers that differ, `NO_WINDOW` for those without."""
+
+
+KVCache = Any
+Attend = Callable[[Array, Array, Array, KVCache, LayerInfo], tuple[Array, KVCache]]
+"""(q [T, N, H], k [T, K, H], v [T, K, H], kv_cache, layer info) -> (out [T, N, H], kv_cache).
+
+q and k are rotated, q is not scaled: `attend` applies `config.attention_scale`, `config.attention_soft_cap` and the
+layer's window. out has q's dtype."""
+
+
+def forward(
+    params: Params, config: ModelConfig, token_ids: Array, positions: Array, kv_cache: KVCache, attend: Attend
+) -> tuple[Array, KVCache]:
+    """Runs every layer. token_ids and positions are int32 [T]; ids out of range are clipped.
+
+    Returns the hidden states after the final norm, [T, D] in the parameters' dtype, and the cache as `attend` left it.
+    Layers given as a tuple run as an unrolled loop, stacked ones as one scan with the cache in its carry.
+    """
+    x = _embed(params["embed_tokens"], config, token_ids)
+    tables = rope_tables(config, positions)
+    if isinstance(params["layers"], tuple):
+        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend)
+    else:
+        x, kv_cache = _scanned(params["layers"], config, x, tables, kv_cache, attend)
+    return _norm(x, params["norm"], config), kv_cache
+
+
+def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
+    """Logits float32 [R, V] of hidden states [R, D] as `forward` returns them, soft-capped where the model asks."""
+    if config.tie_word_embeddings:
+        logits = jnp.einsum("rd,vd->rv", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.matmul(hidden, params["lm_head"], preferred_element_type=jnp.float32)
+    return soft_cap(logits, config.final_soft_cap)
+
+
+def _embed(table: Array, config: ModelConfig, token_ids: Array) -> Array:
+    ids = jnp.clip(token_ids, 0, config.vocab_size - 1)
+    x = jnp.take(table, ids, axis=0, mode="clip")  # [T, D]
+    if config.embedding_scale is None:
+        return x
+    return x * jnp.asarray(config.embedding_scale, x.dtype)
+
+
+def _unrolled(
+    layers: tuple[Layer, ...],
+    config: ModelConfig,
+    x: Array,
+    tables: tuple[Array, Array],
+    kv_cache: KVCache,
+    attend: Attend,
+) -> tuple[Array, KVCache]:
+    for layer_idx, layer in enumerate(layers):
+        rope = config.rope_indices[layer_idx]
+        info = LayerInfo(layer_idx, config.sliding_windows[layer_idx])
+        x, kv_cache = _layer(layer, config, x, (tables[0][rope], tables[1][rope]), kv_cache, attend, info)
+    return x, kv_cache
+
+
+def _scanned(
+    layers: Layer, config: ModelConfig, x: Array, tables: tuple[Array, Array], kv_cache: KVCache, attend: Attend
+) -> tuple[Array, KVCache]:
+    # What is the same for all layers stays static, so that a model without windows compiles no window.
+    one_window = len(set(config.sliding_windows)) == 1
+    one_rope = len(set(config.rope_indices)) == 1
+    windows = np.asarray([NO_WINDOW if w is None else w for w in config.sliding_windows], np.int32)
+    ropes = np.asarray(config.rope_indices, np.int32)
+    layer_indices = np.arange(config.num_layers, dtype=np.int32)
+
+    def body(carry: tuple[Array, KVCache], xs: tuple[Any, ...]) -> tuple[tuple[Array, KVCache], None]:
+        x, kv_cache = carry
+        layer, layer_idx, window, rope = xs
+        info = LayerInfo(layer_idx, config.sliding_windows[0] if one_window else window)
+        rope_idx = config.rope_indices[0] if one_rope else rope
+        cos, sin = (jax.lax.dynamic_index_in_dim(table, rope_idx, 0, keepdims=False) for table in tables)
+        return _layer(layer, config, x, (cos, sin), kv_cache, attend, info), None
+
+    xs = (layers, jnp.asarray(layer_indices), jnp.asarray(windows), jnp.asarray(ropes))
+    (x, kv_cache), _ = jax.lax.scan(body, (x, kv_cache), xs)
+    return x, kv_cache
+
+
+def _layer(
+    layer: Mapping[str, Array],
+    config: ModelConfig,
+    x: Array,
+    rope: tuple[Array, Array],
+    kv_cache: KVCache,
+    attend: Attend,
+    info: LayerInfo,
+) -> tuple[Array, KVCache]:
+    h, kv_cache = _attention(layer, config, _norm(x, layer["input_norm"], config), rope, kv_cache, attend, info)
+    if config.post_norms:
+        h = _norm(h, layer["post_attention_norm"], config)
+    x = x + h
+    h = _norm(x, layer["pre_mlp_norm"], config)
+    if config.moe is not None:
+        h = moe_mlp(h, layer, config.moe, config.activation)
+    else:
+        h = gated_mlp(h, layer, config.activation)
+    if config.post_norms:
+        h = _norm(h, layer["post_mlp_norm"], config)
+    return x + h, kv_cache
+
+
+def _attention(
+    layer: Mapping[str, Array],
+    config: ModelConfig,
+    x: Array,
+    rope: tuple[Array, Array],
+    kv_cache: KVCache,
+    attend: Attend,
+    info: LayerInfo,
+) -> tuple[Array, KVCache]:
+    num_tokens, head_dim = x.shape[0], config.head_dim
+    q = linear(x, layer["q_proj"], layer.get("q_bias")).reshape(num_tokens, config.num_heads, head_dim)  # [T, N, H]
+    k = linear(x, layer["k_proj"], layer.get("k_bias")).reshape(num_tokens, config.num_kv_heads, head_dim)  # [T, K, H]
+    v = linear(x, layer["v_proj"], layer.get("v_bias")).reshape(num_tokens, config.num_kv_heads, head_dim)
+    if config.qk_norm:
+        q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
+    q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    out, kv_cache = attend(q, k, v, kv_cache, info)
+    out = out.reshape(num_tokens, config.num_heads * head_dim)
+    return linear(out, layer["o_proj"], layer.get("o_bias")), kv_cache
+
+
+def _norm(x: Array, weight: Array, config: ModelConfig) -> Array:
+    return rms_norm(x, weight, eps=config.norm_eps, unit_offset=config.norm_unit_offset)
