@@ -19,17 +19,20 @@ BATCHING_POLICIES: tuple[str, ...] = get_args(BatchingPolicy)
 
 
 class AdmissionPolicy(Protocol):
-    """Asked before each step whether the door is open, told afterwards how many came in."""
+    """Asked before each step how far the door is open, told afterwards how many came in."""
 
-    def opens(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> bool:
-        """Whether waiting requests may be admitted now (`now` in seconds of the clock that arrival times use)."""
+    def num_admissible(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> int:
+        """How many may be admitted now, if there is room for them; `waiting` has at least one request.
+
+        `now` is in seconds of the clock that arrival times use.
+        """
         ...
 
-    def admitted(self, count: int, num_waiting: int) -> None:
-        """`count` requests came in during an open step, `num_waiting` still wait."""
+    def admitted(self, count: int, is_blocked: bool) -> None:
+        """`count` requests came in; `is_blocked` when another one would have, had there been blocks for it."""
         ...
 
-    def padded_decode_rows(self, num_running: int) -> int:
+    def padded_decode_rows(self) -> int:
         """Decode rows to compute at least, finished ones included; 0 for no padding."""
         ...
 
@@ -37,13 +40,13 @@ class AdmissionPolicy(Protocol):
 class ContinuousBatching:
     """The door is always open."""
 
-    def opens(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> bool:
-        return bool(waiting)
+    def num_admissible(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> int:
+        return len(waiting)
 
-    def admitted(self, count: int, num_waiting: int) -> None:
+    def admitted(self, count: int, is_blocked: bool) -> None:
         pass
 
-    def padded_decode_rows(self, num_running: int) -> int:
+    def padded_decode_rows(self) -> int:
         return 0
 
 
@@ -54,43 +57,49 @@ class WindowedBatching:
         self._window_seconds = window_seconds
         self._max_num_seqs = max_num_seqs
         self._num_to_admit = 0
+        self._opened_at = 0.0
 
-    def opens(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> bool:
-        if not waiting:
-            return False
+    def num_admissible(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> int:
+        if self._num_to_admit:  # those of the group that are still there: an aborted member leaves its place to nobody
+            in_group = sum(request.source.arrival_time <= self._opened_at for request in waiting)
+            self._num_to_admit = min(self._num_to_admit, in_group)
         if self._num_to_admit == 0:
             oldest = min(request.source.arrival_time for request in waiting)
             if len(waiting) >= self._max_num_seqs or now - oldest >= self._window_seconds:
                 self._num_to_admit = min(len(waiting), self._max_num_seqs)
-        return self._num_to_admit > 0
+                self._opened_at = now
+        return self._num_to_admit
 
-    def admitted(self, count: int, num_waiting: int) -> None:
-        self._num_to_admit = min(max(self._num_to_admit - count, 0), num_waiting)
+    def admitted(self, count: int, is_blocked: bool) -> None:
+        self._num_to_admit -= count
 
-    def padded_decode_rows(self, num_running: int) -> int:
+    def padded_decode_rows(self) -> int:
         return 0
 
 
 class StaticBatching:
-    """A batch forms of whatever waits when nothing runs, and nobody joins it later. It is computed at full size to the end."""
+    """A batch forms of whatever waits when nothing runs, and nobody joins it later. It is computed at full size to the end.
+
+    Its members come in as fast as the steps have room for their prompts; one for which there are no blocks is left to the
+    next batch, with all behind it.
+    """
 
     def __init__(self, max_num_seqs: int) -> None:
         self._max_num_seqs = max_num_seqs
-        self._is_filling = False
+        self._num_to_admit = 0
         self._batch_size = 0
 
-    def opens(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> bool:
+    def num_admissible(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> int:
         if not running:
-            self._is_filling = True
+            self._num_to_admit = min(len(waiting), self._max_num_seqs)
             self._batch_size = 0
-        return self._is_filling and bool(waiting)
+        return self._num_to_admit
 
-    def admitted(self, count: int, num_waiting: int) -> None:
+    def admitted(self, count: int, is_blocked: bool) -> None:
         self._batch_size += count
-        if self._batch_size >= self._max_num_seqs or num_waiting == 0:
-            self._is_filling = False
+        self._num_to_admit = 0 if is_blocked else self._num_to_admit - count
 
-    def padded_decode_rows(self, num_running: int) -> int:
+    def padded_decode_rows(self) -> int:
         return self._batch_size
 
 
@@ -120,11 +129,16 @@ class Headroom:
         self._num_finished = 0
         self.lookahead = self.MIN_LOOKAHEAD
 
-    def blocks(self, running: Sequence[Request], candidate: Request) -> int:
-        """Blocks to leave free beside the candidate's known tokens; 0 when it would run alone, since then it has them all."""
-        if not running:
-            return 0
-        return sum(self._growth(request) for request in running) + self._growth(candidate)
+    def blocks(self, running: Sequence[Request]) -> int:
+        """Blocks to leave free for the growth of all these requests."""
+        return sum(map(self.growth, running))
+
+    def growth(self, request: Request) -> int:
+        """Blocks that the request will take for its next tokens, beyond those that it holds or needs at once."""
+        num_tokens = len(request.token_ids) + request.num_in_flight
+        growth = min(self.lookahead, request.max_total_tokens - num_tokens)
+        held = max(len(request.block_ids), -(-num_tokens // self._block_size))
+        return max(-(-(num_tokens + growth) // self._block_size) - held, 0)
 
     def preempted(self) -> None:
         """A request lost its blocks: look further ahead."""
@@ -137,9 +151,3 @@ class Headroom:
         if self._num_finished >= self.CALM_AFTER:
             self.lookahead = max(self.lookahead // 2, self.MIN_LOOKAHEAD)
             self._num_finished = 0
-
-    def _growth(self, request: Request) -> int:
-        num_tokens = len(request.token_ids) + request.num_in_flight
-        growth = min(self.lookahead, request.max_total_tokens - num_tokens)
-        held = max(len(request.block_ids), -(-num_tokens // self._block_size))
-        return max(-(-(num_tokens + growth) // self._block_size) - held, 0)

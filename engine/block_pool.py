@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 NULL_BLOCK = 0
 
@@ -99,10 +99,12 @@ class BlockPool:
         self._hash_of.clear()
         return True
 
-    def check(self) -> None:
-        """Asserts the pool's laws: used + free = total, each free block unreferenced, hashes one to one."""
-        held = sum(count > 0 for count in self._ref_counts)
-        assert held + len(self._free) == self.num_usable, (held, len(self._free), self.num_usable)
-        assert all(self._ref_counts[block] == 0 for block in self._free)
-        assert self._ref_counts[NULL_BLOCK] == 0
+    def check(self, held: Mapping[int, int]) -> None:
+        """Asserts the pool's laws: used + free = total, references as `held` has them by block, hashes one to one."""
+        assert len(held) + len(self._free) == self.num_usable, (len(held), len(self._free), self.num_usable)
+        assert NULL_BLOCK not in held
+        assert NULL_BLOCK not in self._free
+        references = {block: count for block, count in enumerate(self._ref_counts) if count}
+        assert references == held, (references, held)
+        assert not any(block in held for block in self._free)
         assert {block: block_hash for block_hash, block in self._block_of.items()} == self._hash_of

@@ -15,11 +15,13 @@ from quire.engine.admission import BATCHING_POLICIES, BatchingPolicy
 from quire.engine.sampling_params import MAX_LOGPROBS
 from quire.engine.step_data import StepLimits
 from quire.kernels.errors import InvalidConfigError
+from quire.kernels.sampling.rows import SamplingMode
 from quire.models.config import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
 LOAD_FORMATS = ("auto", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+SAMPLING_LEVELS = tuple(mode.name.lower() for mode in SamplingMode)
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -79,6 +81,9 @@ class DeviceOptions:
     device: str = _option("auto", "auto, cpu, tpu, neuron or simulated.")
     tensor_parallel_size: int = _option(1, "Devices that one model is spread over.")
     kernels: str | None = _option(None, "Force implementations: op=name, several separated by commas.")
+    sampling: str = _option(
+        "full", "The most that requests may ask of the sampler; less means fewer programs to compile.", SAMPLING_LEVELS
+    )
     compilation_cache: bool = _option(True, "Keep compiled programs on disk ($QUIRE_CACHE) for the next start.")
 
 

@@ -25,6 +25,7 @@ from quire.engine.scheduler import Scheduler
 from quire.engine.step import StepConfig
 from quire.engine.step_data import EngineCoreOutput
 from quire.kernels.errors import EngineDeadError, InvalidConfigError
+from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import load_params, resolve_model
 from quire.models.config import ModelConfig
 from quire.models.params import init_params
@@ -52,10 +53,15 @@ class EngineCore:
     EngineDeadError with the cause.
     """
 
-    def __init__(self, config: EngineConfig, progress: Progress = lambda *_: None) -> None:
-        """Loads the model and compiles every shape. Raises InvalidConfigError, ModelError or BackendError with the remedy."""
+    def __init__(
+        self, config: EngineConfig, progress: Progress = lambda *_: None, backend: Backend | None = None
+    ) -> None:
+        """Loads the model and compiles every shape. Raises InvalidConfigError, ModelError or BackendError with the remedy.
+
+        `backend` takes the place of the one that `config.device` names.
+        """
         begin = time.perf_counter()
-        backend = select_backend(config.device.device)
+        backend = backend or select_backend(config.device.device)
         backend.make_mesh(config.device.tensor_parallel_size)
         if config.device.compilation_cache:
             _enable_compilation_cache()
@@ -190,6 +196,7 @@ def _make_runner(
 ) -> ModelRunner:
     ops = backend.select_ops(model, resolved.dtype, resolved.block_size, _wanted_kernels(config.device.kernels))
     logger.info("kernels: %s", ops.describe().replace("\n", ", "))
+    most = SamplingMode[config.device.sampling.upper()]
     shapes = backend.step_shapes(
         ShapeLimits(
             max_num_seqs=resolved.max_num_seqs,
@@ -212,7 +219,7 @@ def _make_runner(
             dtype=resolved.dtype,
         ),
         resolved.limits,
-        shapes,
+        [shape for shape in shapes if shape.sampling <= most],
     )
 
 

@@ -9,10 +9,12 @@ from typing import TypeAlias
 
 import numpy as np
 
+from quire.engine.device_state import sampling_mode
 from quire.engine.request import EngineCoreRequest
 from quire.engine.sampling_params import MAX_BAD_WORDS, SamplingParams, bad_words_token_ids
 from quire.engine.tokenizer import Tokenizer
 from quire.kernels.errors import InvalidRequestError
+from quire.kernels.sampling.rows import SamplingMode
 
 Prompt: TypeAlias = str | Mapping[str, object] | Sequence[int]
 """A string, {"prompt": str}, {"prompt_token_ids": [...]}, or a list of token ids."""
@@ -41,12 +43,17 @@ class InputProcessor:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         seed: int,
+        most_sampling: SamplingMode = SamplingMode.FULL,
     ) -> None:
-        """`tokenizer` may be None where every prompt comes as token ids and no text is wanted."""
+        """`tokenizer` may be None where every prompt comes as token ids and no text is wanted.
+
+        `most_sampling` is the largest sampling program that was compiled; requests that need a larger one are refused.
+        """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
+        self._most_sampling = most_sampling
         self._seeds = np.random.default_rng(seed)
 
     def process(
@@ -62,6 +69,13 @@ class InputProcessor:
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
         params.verify_against(self._vocab_size)
+        needed = SamplingMode.FULL if params.prompt_logprobs is not None else sampling_mode(params)
+        if needed > self._most_sampling:
+            raise InvalidRequestError(
+                f"the request needs {needed.name.lower()} sampling, and the engine was started with sampling="
+                f"{self._most_sampling.name.lower()}; start it with more, or ask for less",
+                parameter="sampling_params",
+            )
         if params.detokenize and self._tokenizer is None:
             raise InvalidRequestError(
                 "there is no tokenizer to make text with; set detokenize=False", parameter="detokenize"

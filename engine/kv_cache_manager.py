@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quire.engine.block_pool import NULL_BLOCK, BlockPool
@@ -54,13 +56,18 @@ class KVCacheManager:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
 
+    @property
+    def has_window(self) -> bool:
+        """Whether blocks fall out of sight while their request runs."""
+        return self._sliding_window is not None
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def find_prefix(self, request: Request) -> CachedPrefix:
         """The longest run of leading full blocks in the cache; at least one token is always left to compute."""
-        if not self._enable_prefix_caching or request.params.prompt_logprobs is not None:
+        if not self._uses_prefix(request):
             return CachedPrefix((), 0, 0)
         self._extend_hashes(request)
         blocks: list[int] = []
@@ -75,9 +82,9 @@ class KVCacheManager:
     def is_being_computed(self, request: Request, prefix: CachedPrefix) -> bool:
         """Whether a running request is about to compute the block that follows `prefix`: waiting a step saves the work."""
         next_idx = len(prefix.block_ids)
-        if not self._enable_prefix_caching or next_idx >= (len(request.token_ids) - 1) // self.block_size:
+        if not self._uses_prefix(request) or next_idx >= (len(request.token_ids) - 1) // self.block_size:
             return False
-        return next_idx < len(request.block_hashes) and request.block_hashes[next_idx] in self._being_computed
+        return request.block_hashes[next_idx] in self._being_computed
 
     def num_blocks_to_admit(self, request: Request, prefix: CachedPrefix) -> int:
         """Free blocks that admitting the request takes: its known tokens, less the part of the prefix that others hold too."""
@@ -95,6 +102,7 @@ class KVCacheManager:
             self._extend_hashes(request)
             for block_hash in request.block_hashes[len(prefix.block_ids) :]:
                 self._being_computed.setdefault(block_hash, request.request_id)
+        if self._uses_prefix(request) and request.num_preemptions == 0:
             self.num_prefix_queries += len(request.token_ids)
             self.num_prefix_hits += prefix.num_tokens
 
@@ -151,13 +159,31 @@ class KVCacheManager:
         request.num_hashed_blocks = 0
         request.num_nulled_blocks = 0
 
-    def usage(self, running: list[Request]) -> KVCacheUsage:
+    def forget_prefixes(self) -> bool:
+        """Forgets every cached prefix; False, and nothing done, while some block is in use."""
+        return self.pool.forget_all()
+
+    def usage(self, running: Sequence[Request]) -> KVCacheUsage:
         """A reading of the cache; `running` are the requests that hold blocks."""
         wasted = 0
         for request in running:
             held = len(request.block_ids) * self.block_size
             wasted += held - min(held, request.num_computed_tokens)
         return KVCacheUsage(self.pool.num_usable, self.pool.num_used, wasted)
+
+    def check(self, running: Sequence[Request]) -> None:
+        """Asserts the laws of block accounting; `running` are all the requests that hold blocks."""
+        held = Counter(block for request in running for block in request.block_ids if block != NULL_BLOCK)
+        self.pool.check(held)
+        for request in running:
+            assert len(request.block_ids) >= self.num_blocks_for(request.num_computed_tokens), request
+            assert request.block_ids[: request.num_nulled_blocks] == [NULL_BLOCK] * request.num_nulled_blocks, request
+            assert NULL_BLOCK not in request.block_ids[request.num_nulled_blocks :], request
+        assert set(self._being_computed.values()) <= {request.request_id for request in running}
+
+    def _uses_prefix(self, request: Request) -> bool:
+        """Log-probabilities of prompt tokens come of computing them, so such a request takes nothing from the cache."""
+        return self._enable_prefix_caching and request.params.prompt_logprobs is None
 
     def _disown(self, request: Request, block_hash: bytes) -> None:
         if self._being_computed.get(block_hash) == request.request_id:

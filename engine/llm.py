@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from quire.backends.base import Backend
 from quire.engine.config import EngineConfig
 from quire.engine.core import EngineCore, Progress
 from quire.engine.input_processor import InputProcessor, ProcessedRequest, Prompt
@@ -20,6 +21,7 @@ from quire.engine.progress import show_progress
 from quire.engine.sampling_params import RequestOutputKind, SamplingParams
 from quire.engine.tokenizer import Tokenizer, load_tokenizer
 from quire.kernels.errors import InvalidConfigError, InvalidRequestError
+from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import resolve_model
 
 # How long to sleep when requests wait for a batching window to pass and nothing runs, in seconds.
@@ -37,14 +39,16 @@ class LLM:
         print(outputs[0].outputs[0].text)
     """
 
-    def __init__(self, model: str = "demo", *, progress: Progress | None = None, **settings: Any) -> None:
+    def __init__(
+        self, model: str = "demo", *, progress: Progress | None = None, backend: Backend | None = None, **settings: Any
+    ) -> None:
         """Raises InvalidConfigError, ModelError or BackendError; each says what was wrong and what to do.
 
-        `progress(phase, done, total, what)` replaces the progress bar.
+        `progress(phase, done, total, what)` replaces the progress bar, `backend` the backend that `device` names.
         """
         config = EngineConfig.from_arguments(model=model, **settings)
         with show_progress() as bar:
-            self._core = EngineCore(config, progress or bar)
+            self._core = EngineCore(config, progress or bar, backend)
         self.config = config
         self.tokenizer = _load_tokenizer(config)
         model_config, resolved = self._core.model.config, self._core.config
@@ -54,6 +58,7 @@ class LLM:
             max_model_len=resolved.max_model_len,
             eos_token_ids=model_config.eos_token_ids,
             seed=config.model.seed,
+            most_sampling=SamplingMode[config.device.sampling.upper()],
         )
         self._outputs = OutputProcessor(self.tokenizer)
         self._request_numbers = itertools.count()

@@ -23,8 +23,8 @@ from quire.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-# Compilers release the GIL; more than this many at once only compete for memory.
-MAX_COMPILE_THREADS = 4
+# The compiler releases the GIL and uses several cores by itself; two at once keep them busy while the third is traced.
+MAX_COMPILE_THREADS = 2
 
 
 @dataclass(frozen=True)

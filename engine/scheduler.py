@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from quire.engine.admission import AdmissionPolicy, Headroom
 from quire.engine.block_pool import NULL_BLOCK
-from quire.engine.kv_cache_manager import KVCacheManager
+from quire.engine.kv_cache_manager import CachedPrefix, KVCacheManager
 from quire.engine.outputs import FinishReason
 from quire.engine.request import EngineCoreRequest, Request
 from quire.engine.step_data import (
@@ -25,6 +25,9 @@ from quire.engine.step_data import (
 )
 from quire.kernels.errors import InvalidRequestError, OutOfBlocksError
 
+# Waiting requests that one step passes over because another is computing their prefix; those behind wait for the next step.
+MAX_PASSED_OVER = 32
+
 
 @dataclass
 class _Plan:
@@ -32,6 +35,7 @@ class _Plan:
 
     tokens_left: int
     tiles_left: int
+    num_admissible: int
     num_decode_steps: int
     admitted: list[AdmittedRequest] = field(default_factory=list)
     block_updates: list[BlockUpdate] = field(default_factory=list)
@@ -141,12 +145,17 @@ class Scheduler:
         """Whether any request is waiting or running."""
         return bool(self.requests)
 
+    def set_admission_policy(self, policy: AdmissionPolicy) -> None:
+        """Changes how waiting requests are let in. Only while nothing runs, since a policy remembers its batch."""
+        assert not self.running, "change the policy between batches"
+        self._admission = policy
+
     # ---- a step
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when there is nothing that can be computed before another result is in."""
         plan = self._new_plan()
-        prefill_first = not self.limits.mixed_batches and not self._last_was_prefill and self._wants_prefill()
+        prefill_first = not self.limits.mixed_batches and not self._last_was_prefill and self._wants_prefill(plan)
         if not prefill_first:
             self._schedule_decodes(plan)
         if self.limits.mixed_batches or not plan.decode:
@@ -167,63 +176,76 @@ class Scheduler:
             decode=plan.decode,
             prefill=plan.prefill,
             num_decode_steps=plan.num_decode_steps,
-            padded_decode_rows=self._admission.padded_decode_rows(len(self.running)) if plan.decode else 0,
+            padded_decode_rows=self._admission.padded_decode_rows() if plan.decode else 0,
         )
 
     def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Takes a step's tokens in; what each request gained by it."""
-        sampled: list[DecodeRow | PrefillChunk] = [*step.decode, *(chunk for chunk in step.prefill if chunk.samples)]
         outputs = []
-        for row, token_ids, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
+        num_rows = len(step.decode)
+        decoded = zip(step.decode, result.token_ids[:num_rows], result.logprobs[:num_rows], strict=True)
+        for row, token_ids, logprobs in decoded:
             request = self._find(row)
+            if request is not None:
+                request.num_in_flight -= row.num_tokens
+                outputs.append(self._append(request, token_ids, logprobs, None))
+        sampled = zip(result.token_ids[num_rows:], result.logprobs[num_rows:], strict=True)
+        for chunk in step.prefill:
+            token_ids, logprobs = next(sampled) if chunk.samples else ([], None)
+            request = self._find(chunk)
             if request is None:
                 continue
-            request.num_in_flight -= row.num_tokens if isinstance(row, DecodeRow) else 1
-            prompt_logprobs = self._new_prompt_logprobs(request, row, result)
-            outputs.append(self._append(request, token_ids, logprobs, prompt_logprobs))
-        for chunk in step.prefill:
-            request = self._find(chunk)
-            if request is not None and not chunk.samples:
-                prompt_logprobs = self._new_prompt_logprobs(request, chunk, result)
-                if prompt_logprobs:
-                    outputs.append(self._output(request, [], prompt_logprobs))
+            prompt_logprobs = self._new_prompt_logprobs(request, chunk, result)
+            if chunk.samples:
+                request.num_in_flight -= 1
+                outputs.append(self._append(request, token_ids, logprobs, prompt_logprobs))
+            elif prompt_logprobs:
+                outputs.append(_output(request, prompt_logprobs=prompt_logprobs))
         return outputs
 
     # ---- the parts of a step
 
     def _new_plan(self) -> _Plan:
+        num_admissible = 0
+        if self.waiting and self._free_slots:
+            num_admissible = self._admission.num_admissible(self.waiting, self.running, self._clock())
         can_repeat = (
             self._decode_steps_per_dispatch > 1
+            and not num_admissible
             and all(request.num_uncomputed_tokens <= 1 for request in self.running)
-            and not (self.waiting and self._free_slots)
         )
         return _Plan(
             tokens_left=self.max_num_batched_tokens,
             tiles_left=self.limits.max_prefill_tiles,
+            num_admissible=num_admissible,
             num_decode_steps=self._decode_steps_per_dispatch if can_repeat else 1,
         )
 
-    def _wants_prefill(self) -> bool:
-        return bool(self.waiting and self._free_slots) or any(r.num_uncomputed_tokens > 1 for r in self.running)
+    def _wants_prefill(self, plan: _Plan) -> bool:
+        return plan.num_admissible > 0 or any(request.num_uncomputed_tokens > 1 for request in self.running)
 
     def _schedule_decodes(self, plan: _Plan) -> None:
-        """One row for every request whose newest token is all that is left to compute, the first in order first."""
+        """One row for every request whose newest token is all that is left to compute, the first in order first.
+
+        A row takes one token of the budget, however many steps the dispatch has: the budget bounds each of them.
+        """
         idx = 0
-        block_size = self.kv_cache.block_size
-        while idx < len(self.running) and plan.tokens_left > 0:
-            request = self.running[idx]
+        running, block_size, has_window = self.running, self.kv_cache.block_size, self.kv_cache.has_window
+        while idx < len(running) and len(plan.decode) < plan.tokens_left:
+            request = running[idx]
             idx += 1
             if request.num_uncomputed_tokens != 1:
                 continue
             start = request.num_computed_tokens
-            count = min(plan.num_decode_steps, request.max_total_tokens - 1 - start, plan.tokens_left)
+            count = min(plan.num_decode_steps, request.max_total_tokens - 1 - start)
+            if has_window:
+                self._release_out_of_window(plan, request)
             if start + count > len(request.block_ids) * block_size and not self._grow(plan, request, start + count):
                 continue
-            self._release_out_of_window(plan, request)
             request.num_computed_tokens = start + count
             request.num_in_flight += count
-            plan.tokens_left -= count
             plan.decode.append(DecodeRow(request.request_id, request.order[1], request.slot, start, count))
+        plan.tokens_left -= len(plan.decode)
 
     def _grow(self, plan: _Plan, request: Request, num_tokens: int) -> bool:
         """Makes room for the request to hold `num_tokens`, preempting from the back of the order; False when it went itself."""
@@ -255,7 +277,8 @@ class Scheduler:
         if count > room:
             # A piece that is not the last ends on a tile's edge, so that no tile is half empty.
             count = room - room % tile_size or room
-        self._release_out_of_window(plan, request)
+        if self.kv_cache.has_window:
+            self._release_out_of_window(plan, request)
         request.num_computed_tokens = start + count
         samples = request.num_computed_tokens == len(request.token_ids)
         if samples:
@@ -267,29 +290,44 @@ class Scheduler:
 
     def _admit(self, plan: _Plan) -> None:
         """Lets waiting requests in, in order, while there are slots, tiles, tokens and blocks for all they have."""
-        if plan.has_preempted or not self._admission.opens(self.waiting, self.running, self._clock()):
+        if plan.has_preempted or not plan.num_admissible:
             return
-        idx, num_waiting = 0, len(self.waiting)
-        while idx < len(self.waiting) and self._free_slots and plan.tiles_left and plan.tokens_left > 0:
-            request = self.waiting[idx]
+        num_passed, is_blocked = 0, False
+        reserved = self._headroom.blocks(self.running)
+        while (
+            num_passed < min(len(self.waiting), MAX_PASSED_OVER)
+            and len(plan.admitted) < plan.num_admissible
+            and self._free_slots
+            and plan.tiles_left
+            and plan.tokens_left > 0
+        ):
+            request = self.waiting[num_passed]
             prefix = self.kv_cache.find_prefix(request)
             if request.num_in_flight or self.kv_cache.is_being_computed(request, prefix):
-                idx += 1  # ready in a step or two: those behind it may go first, this once
+                num_passed += 1  # ready in a step or two: those behind it may go first, this once
                 continue
             needed = self.kv_cache.num_blocks_to_admit(request, prefix)
-            if needed + self._headroom.blocks(self.running, request) > self.kv_cache.pool.num_free:
+            if self.running:  # alone, it has the whole cache to grow into
+                reserved += self._headroom.growth(request)
+                needed += reserved
+            if needed > self.kv_cache.pool.num_free:
+                is_blocked = True
                 break  # nobody overtakes a request that waits for blocks, or it might wait for ever
-            del self.waiting[idx]
-            self.kv_cache.admit(request, prefix)
-            request.num_computed_tokens = prefix.num_tokens
-            if request.first_scheduled_time is None:
-                request.first_scheduled_time = self._clock()
-                request.num_cached_tokens = prefix.num_tokens
-            request.slot = self._free_slots.pop()
-            insort(self.running, request, key=_sort_key)
-            plan.admitted.append(_admitted(request))
-            self._schedule_chunk(plan, request)
-        self._admission.admitted(num_waiting - len(self.waiting), len(self.waiting))
+            del self.waiting[num_passed]
+            self._let_in(plan, request, prefix)
+        self._admission.admitted(len(plan.admitted), is_blocked)
+
+    def _let_in(self, plan: _Plan, request: Request, prefix: CachedPrefix) -> None:
+        self.kv_cache.admit(request, prefix)
+        request.num_computed_tokens = prefix.num_tokens
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+            request.num_cached_tokens = prefix.num_tokens
+            self.counters.num_prompt_tokens += request.prompt_len
+        request.slot = self._free_slots.pop()
+        insort(self.running, request, key=_sort_key)
+        plan.admitted.append(_admitted(request))
+        self._schedule_chunk(plan, request)
 
     def _release_out_of_window(self, plan: _Plan, request: Request) -> None:
         first_idx, count = self.kv_cache.release_out_of_window(request)
@@ -314,13 +352,13 @@ class Scheduler:
         return request if request is not None and request.order[1] == row.arrival_idx else None
 
     def _new_prompt_logprobs(
-        self, request: Request, row: DecodeRow | PrefillChunk, result: ModelRunnerOutput
+        self, request: Request, chunk: PrefillChunk, result: ModelRunnerOutput
     ) -> list[TokenLogprobs] | None:
-        """The row's prompt logprobs that were not handed out before a preemption made it compute them again."""
-        found = result.prompt_logprobs.get(row.request_id)
+        """The chunk's prompt logprobs that were not handed out before a preemption made it compute them again."""
+        found = result.prompt_logprobs.get(chunk.request_id)
         if found is None:
             return None
-        new = found[max(request.num_prompt_logprobs - row.start, 0) :]
+        new = found[max(request.num_prompt_logprobs - chunk.start, 0) :]
         request.num_prompt_logprobs += len(new)
         return new
 
@@ -335,45 +373,30 @@ class Scheduler:
         num_new = 0
         finish_reason: FinishReason | None = None
         stop_reason: int | None = None
+        tokens, min_total = request.token_ids, request.prompt_len + request.params.min_tokens
         for token_id in token_ids:
-            request.token_ids.append(token_id)
+            tokens.append(token_id)
             num_new += 1
-            if request.num_output_tokens >= request.params.min_tokens:
+            if len(tokens) >= min_total:
                 if token_id in request.eos_token_ids:
                     finish_reason = "stop"
                 elif token_id in request.stop_ids:
                     finish_reason, stop_reason = "stop", token_id
-            if finish_reason is None and len(request.token_ids) >= request.max_total_tokens:
+            if finish_reason is None and len(tokens) >= request.max_total_tokens:
                 finish_reason = "length"
             if finish_reason is not None:
                 break
         self.counters.num_generation_tokens += num_new
-        if finish_reason is None:
-            if request.slot >= 0:
-                self.kv_cache.publish_full_blocks(request)
-        else:
+        if request.slot >= 0:
+            self.kv_cache.publish_full_blocks(request)
+        if finish_reason is not None:
             self._remove(request)
             self.counters.num_finished += 1
             self._headroom.finished()
-        output = self._output(request, token_ids[:num_new], prompt_logprobs)
-        return replace(
-            output,
-            logprobs=logprobs[:num_new] if logprobs is not None else None,
-            finish_reason=finish_reason,
-            stop_reason=stop_reason,
-        )
-
-    def _output(
-        self, request: Request, token_ids: list[int], prompt_logprobs: list[TokenLogprobs] | None
-    ) -> EngineCoreOutput:
-        return EngineCoreOutput(
-            request_id=request.request_id,
-            new_token_ids=token_ids,
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=request.num_cached_tokens,
-            num_preemptions=request.num_preemptions,
-            first_scheduled_time=request.first_scheduled_time,
-        )
+        if num_new < len(token_ids):
+            token_ids = token_ids[:num_new]
+            logprobs = logprobs[:num_new] if logprobs is not None else None
+        return _output(request, token_ids, logprobs, prompt_logprobs, finish_reason, stop_reason)
 
     def _remove(self, request: Request) -> None:
         del self.requests[request.request_id]
@@ -392,15 +415,34 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts the scheduler's laws; cheap enough to run whenever the engine is idle."""
-        self.kv_cache.pool.check()
+        self.kv_cache.check(self.running)
         assert len(self.requests) == len(self.running) + len(self.waiting)
-        assert len(self.running) + len(self._free_slots) == self.max_num_seqs
+        assert all(not request.block_ids and request.slot < 0 for request in self.waiting)
         slots = [request.slot for request in self.running]
-        assert len(set(slots)) == len(slots)
+        assert sorted([*slots, *self._free_slots]) == list(range(self.max_num_seqs)), (slots, self._free_slots)
         assert _is_sorted(self.running)
         assert _is_sorted(self.waiting)
-        held = {block for request in self.running for block in request.block_ids} - {NULL_BLOCK}
-        assert len(held) == self.kv_cache.pool.num_used, (len(held), self.kv_cache.pool.num_used)
+
+
+def _output(
+    request: Request,
+    token_ids: Sequence[int] = (),
+    logprobs: list[TokenLogprobs] | None = None,
+    prompt_logprobs: list[TokenLogprobs] | None = None,
+    finish_reason: FinishReason | None = None,
+    stop_reason: int | None = None,
+) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        request.request_id,
+        list(token_ids),
+        logprobs,
+        prompt_logprobs,
+        finish_reason,
+        stop_reason,
+        request.num_cached_tokens,
+        request.num_preemptions,
+        request.first_scheduled_time,
+    )
 
 
 def _admitted(request: Request) -> AdmittedRequest:

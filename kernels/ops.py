@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from quire.kernels.errors import KernelUnavailableError
 from quire.kernels.op import Choice, Implementation, Op, OpContext
@@ -13,6 +14,7 @@ from quire.kernels.sampling.reference import sample
 
 PAGED_ATTENTION: Op[PagedAttention] = Op("paged_attention", (Implementation("reference", paged_attention),))
 SAMPLE: Op[Sample] = Op("sample", (Implementation("reference", sample),))
+OPS: tuple[Op[Any], ...] = (PAGED_ATTENTION, SAMPLE)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """Strict JAX settings for every test: no implicit dtype or rank promotion, float32 matmuls that are float32."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Workers, and the next run, share what they compile.
+os.environ.setdefault("QUIRE_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "quire"))
 
 import jax
 from hypothesis import settings

@@ -20,6 +20,9 @@ from quire.kernels.sampling.threshold import top_k_threshold, top_p_threshold
 
 # Keeps logits / temperature finite. vLLM takes temperatures below this for greedy ones.
 _MIN_TEMPERATURE = np.float32(1e-5)
+# Where min_p is off its logarithm is not used, and must only be finite; the threshold is then below every logit.
+_MIN_MIN_P = np.float32(1e-30)
+_LOWEST = np.finfo(np.float32).min
 # Values whose maximum is taken first when the index of a row's largest value is looked for.
 _GROUP = 128
 
@@ -113,7 +116,7 @@ def _kept(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
     """
     vocab_size = scaled.shape[1]
     largest = jnp.max(scaled, axis=1)
-    min_p_threshold = largest + jnp.log(jnp.clip(rows.min_p, 0, 1))
+    min_p_threshold = jnp.where(rows.min_p > 0, largest + jnp.log(jnp.clip(rows.min_p, _MIN_MIN_P, 1)), _LOWEST)
     top_k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab_size), np.int32(vocab_size))
     lowest = jnp.maximum(min_p_threshold, top_k_threshold(scaled, top_k))
     kept = scaled >= lowest[:, None]

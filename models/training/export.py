@@ -73,5 +73,6 @@ def export_model(
     save_params(params, config, staging, dtype="bfloat16", shard_size=2**30)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(staging.iterdir()):
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
         path.replace(folder / path.name)
     staging.rmdir()

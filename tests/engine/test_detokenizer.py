@@ -128,6 +128,13 @@ def test_bytes_that_spoil_a_run_leave_the_characters_shown_before_it():
     assert "".join(deltas) == streamed.text == "你\ufffd o"
 
 
+def test_bytes_left_over_leave_the_characters_shown_before_them():
+    streamed = detokenizer(byte_fallback())
+    run = [FIRST_BYTE + byte for byte in "你".encode() + b"\xe4"]
+    deltas, _ = stream(streamed, run, singly(run))
+    assert "".join(deltas) == streamed.text == "你\ufffd"
+
+
 @both_tokenizers
 def test_bytes_left_over_at_the_end_are_shown_as_the_decoder_shows_them(tokenizer):
     token_ids = tokenizer.encode("한", add_special_tokens=False)[:-1]
@@ -178,6 +185,16 @@ def test_the_window_stays_small_and_the_text_right_however_long_the_pattern_repe
     assert longest_delay <= 40
     if not is_fallback:
         assert streamed.text == decode_after(tokenizer, tokenizer.encode("hello"), token_ids)
+
+
+@both_tokenizers
+def test_tokens_without_text_are_not_kept(tokenizer):
+    streamed = detokenizer(tokenizer, tokenizer.encode("hello"))
+    for token_id in (tokenizer.eos_token_id, tokenizer.vocab_size):
+        streamed.append([token_id] * 100)
+        assert len(streamed._stream._window) <= 10
+    streamed.append(tokenizer.encode(" 你", add_special_tokens=False))
+    assert streamed.text.endswith(" 你")
 
 
 def byte_level_ids(alphabet: dict[str, int]) -> list[int]:
@@ -253,6 +270,13 @@ def test_text_that_may_begin_a_stop_string_is_held_back_until_decided():
     streamed.finish()
     assert streamed.delta() == "EN"
     assert streamed.delta() == ""
+
+
+def test_a_stop_string_that_did_not_count_is_not_held_back():
+    tokenizer = byte_level()
+    streamed = detokenizer(tokenizer, stop=["ab", "xyz"], min_tokens=2)
+    streamed.append([tokenizer.encode(character)[0] for character in "ab"])
+    assert streamed.delta() == "ab"
 
 
 @given(st.text("ab", max_size=20), stop_lists)

@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quire.engine.sampling_params import (
@@ -212,6 +212,9 @@ def test_top_k_of_minus_one_is_off():
 
 
 @given(st.integers(-(2**63), 2**64 - 1), st.integers(2, 9))
+@example(2**64 - 1, 2)
+@example(-2, 2)
+@example(-1, 2)
 def test_choices_of_a_seeded_request_have_different_seeds_and_are_requests_of_their_own(seed, n):
     params = SamplingParams(n=n, seed=seed, temperature=0.7)
     clones = [params.clone_for_choice(i) for i in range(n)]
@@ -219,9 +222,14 @@ def test_choices_of_a_seeded_request_have_different_seeds_and_are_requests_of_th
         assert {clone.seed for clone in clones} == {None}
         return
     assert len({clone.seed for clone in clones}) == n
-    assert all(clone == SamplingParams(seed=params.seed + i, temperature=0.7) for i, clone in enumerate(clones[:1]))
+    assert clones[0] == dataclasses.replace(params, n=1)
     for i, clone in enumerate(clones):
         assert (clone.n, clone.temperature, clone.seed) == (1, 0.7, (seed + i) % 2**64)
+
+
+def test_a_seed_is_taken_as_64_bits_with_or_without_a_sign():
+    assert SamplingParams(seed=-5).seed == SamplingParams(seed=2**64 - 5).seed == 2**64 - 5
+    assert SamplingParams(seed=-1).seed is None
 
 
 def test_a_choice_beyond_n_is_our_own_mistake():
@@ -276,6 +284,14 @@ def test_a_space_that_belongs_to_the_first_token_makes_a_second_sequence():
     ab, spaced_ab = ord("a") + ord("b"), ord(" ") + ord("a") + ord("b")
     spaced_a_b = (ord(" ") + ord("a"), ord(" ") + ord("b"))
     assert sequences == ((ab,), (spaced_ab,), (ord("a"), spaced_a_b[1]), spaced_a_b)
+
+
+def test_a_space_that_is_not_part_of_the_first_token_makes_no_second_sequence():
+    class Letters:
+        def encode(self, text, add_special_tokens=True):
+            return [5, 6] if text.startswith(" ") else [5, 7]
+
+    assert bad_words_token_ids(SamplingParams(bad_words=["ab"]), Letters()) == ((5, 7),)
 
 
 def test_a_bad_word_of_too_many_tokens_or_none_is_refused_with_the_word():

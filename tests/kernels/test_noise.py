@@ -32,7 +32,7 @@ def uniforms(bits: np.ndarray) -> np.ndarray:
 
 
 def assert_every_bit_flips_half_the_time(changed: np.ndarray) -> None:
-    """`changed` [..., N, 1] uint32 holds, for each input bit and N samples, the output bits that changed."""
+    """`changed` [..., N] uint32 holds the output bits that changed in each of N samples."""
     flipped = (changed[..., None] >> np.arange(32, dtype=np.uint32)) & 1
     rate = flipped.mean(axis=-2)
     # Five and a half standard deviations: about one false alarm in 25 million bits.
@@ -124,6 +124,15 @@ def test_flipping_a_bit_of_the_position_flips_every_output_bit_half_the_time() -
     for bit in range(24):
         flipped = np.asarray(bits_of(key_of(seeds, np.full(num_seeds, 1234 ^ (1 << bit), np.int32)), ids(256)))
         assert_every_bit_flips_half_the_time((base ^ flipped).reshape(1, -1))
+
+
+def test_flipping_a_bit_of_the_position_flips_every_bit_of_its_key_half_the_time() -> None:
+    num_seeds = 8192
+    seeds = np.random.default_rng(0).integers(0, 2**32, (num_seeds, 2), dtype=np.uint32)
+    base = np.asarray(key_of(seeds, np.full(num_seeds, 1234, np.int32)))
+    for bit in range(0, 31, 2):
+        flipped = np.asarray(key_of(seeds, np.full(num_seeds, 1234 ^ (1 << bit), np.int32)))
+        assert_every_bit_flips_half_the_time((base ^ flipped).T)
 
 
 def test_flipping_a_bit_of_the_seed_or_of_its_key_flips_every_output_bit_half_the_time() -> None:

@@ -24,6 +24,8 @@ FULL, RANDOM, GREEDY = SamplingMode.FULL, SamplingMode.RANDOM, SamplingMode.GREE
 
 run = jax.jit(sample, static_argnames=("mode", "num_logprobs"))
 run_filter = jax.jit(filter_logits)
+run_argmax = jax.jit(first_argmax)
+run_logprobs = jax.jit(compute_logprobs, static_argnames="k")
 
 
 def draw(logits: np.ndarray, rows: SamplingRows, mode: SamplingMode = FULL) -> np.ndarray:
@@ -43,9 +45,15 @@ def some_logits(seed: int = 0, num_rows: int | None = None, vocab_size: int = VO
     return np.random.default_rng(seed).normal(0, 2, shape).astype(np.float32)
 
 
+def filtered(logits: np.ndarray, params: list[Params]) -> np.ndarray:
+    """What the op draws from, [len(params), V]; always run with 16 rows, so that few programs are compiled."""
+    idx = np.arange(16) % len(params)
+    rows = pack([params[i] for i in idx], logits.shape[1])
+    return np.asarray(run_filter(jnp.asarray(logits[idx], jnp.float32), rows))[: len(params)]
+
+
 def kept_by_op(logits: np.ndarray, params: list[Params]) -> np.ndarray:
-    filtered = run_filter(jnp.asarray(logits, jnp.float32), pack(params, logits.shape[1]))
-    return np.asarray(filtered) > MASKED * 1e-3
+    return filtered(logits, params) > MASKED * 1e-3
 
 
 EVERYTHING = Params(
@@ -136,7 +144,7 @@ any_params = st.builds(
 )
 
 
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=40)
 @given(st.lists(any_params, min_size=8, max_size=8), st.integers(0, 1000))
 def test_any_mixture_of_parameters_keeps_what_the_oracle_keeps(params: list[Params], seed: int) -> None:
     logits = some_logits(seed, num_rows=8)
@@ -149,18 +157,18 @@ def test_any_mixture_of_parameters_keeps_what_the_oracle_keeps(params: list[Para
         assert not (kept(logits[row], params[row], slack=-1e-5) & ~found[row]).any()
 
 
-@hypothesis_settings(max_examples=30)
+@hypothesis_settings(max_examples=20)
 @given(st.lists(any_params, min_size=8, max_size=8), st.integers(0, 1000))
 def test_any_mixture_of_parameters_gives_the_logits_of_the_oracle(params: list[Params], seed: int) -> None:
     logits = some_logits(seed, num_rows=8)
-    filtered = np.asarray(run_filter(jnp.asarray(logits), pack(params, VOCAB_SIZE)))
+    found = filtered(logits, params)
     for row, p in enumerate(params):
-        stays = filtered[row] > MASKED * 1e-3
+        stays = found[row] > MASKED * 1e-3
         expected = processed_logits(logits[row], p) / p.temperature
-        np.testing.assert_allclose(filtered[row][stays], expected[stays], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[row][stays], expected[stays], rtol=1e-5, atol=1e-5)
 
 
-@hypothesis_settings(max_examples=30)
+@hypothesis_settings(max_examples=20)
 @given(st.lists(any_params, min_size=8, max_size=8), st.integers(0, 1000))
 def test_a_greedy_row_takes_the_largest_processed_logit(params: list[Params], seed: int) -> None:
     logits = some_logits(seed, num_rows=8)
@@ -182,14 +190,14 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 256, 1000])
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 256])
 def test_a_row_gives_the_same_token_in_any_batch(vocab_size: int) -> None:
-    many = [dataclasses.replace(MIXED[i % 6], seed=i // 6) for i in range(48)]
-    positions = [i % 7 for i in range(48)]
-    logits = some_logits(5, num_rows=48, vocab_size=vocab_size)
+    many = [dataclasses.replace(MIXED[i % 6], seed=i // 6) for i in range(64)]
+    positions = [i % 7 for i in range(64)]
+    logits = some_logits(5, num_rows=64, vocab_size=vocab_size)
     rows = pack(many, vocab_size, positions=positions)
     together = draw(logits, rows)
-    order = list(np.random.default_rng(0).permutation(48))
+    order = list(np.random.default_rng(0).permutation(64))
     assert np.array_equal(draw(logits[order], take_rows(rows, order)), together[order])
     for i in range(12):
         assert draw(logits[i : i + 1], take_rows(rows, [i]))[0] == together[i]
@@ -198,25 +206,26 @@ def test_a_row_gives_the_same_token_in_any_batch(vocab_size: int) -> None:
 
 
 def test_random_and_full_with_everything_off_give_the_same_tokens() -> None:
-    params = [Params(temperature=(0.0, 0.7, 1.0, 3.0)[i % 4], seed=i) for i in range(512)]
-    logits = some_logits(6, num_rows=512, vocab_size=1000)
-    rows = pack(params, 1000)
-    assert np.array_equal(draw(logits, rows, FULL), draw(logits, random_only(rows), RANDOM))
+    params = [Params(temperature=(0.0, 0.7, 1.0, 3.0)[i % 4], seed=i) for i in range(64)]
+    rows = pack(params, 256)
+    for seed in range(8):
+        logits = some_logits(seed, num_rows=64, vocab_size=256)
+        assert np.array_equal(draw(logits, rows, FULL), draw(logits, random_only(rows), RANDOM))
 
 
 def test_greedy_rows_give_the_same_tokens_in_every_mode() -> None:
-    params = [Params(temperature=0.0, seed=i) for i in range(32)]
-    logits = some_logits(7, num_rows=32, vocab_size=640)
-    rows = pack(params, 640)
+    params = [Params(temperature=0.0, seed=i) for i in range(64)]
+    logits = some_logits(7, num_rows=64, vocab_size=256)
+    rows = pack(params, 256)
     for mode, given_rows in ((FULL, rows), (RANDOM, random_only(rows)), (GREEDY, None)):
         assert np.array_equal(draw(logits, given_rows, mode), logits.argmax(axis=1))
 
 
 def test_tokens_with_the_same_seed_differ_between_positions_and_repeat_at_the_same_one() -> None:
-    rows = pack([Params(seed=3)] * 64, 1000, positions=[i // 2 for i in range(64)])
-    tokens = draw(np.zeros((64, 1000), np.float32), random_only(rows), RANDOM)
+    rows = pack([Params(seed=3)] * 64, 256, positions=[i // 2 for i in range(64)])
+    tokens = draw(np.zeros((64, 256), np.float32), random_only(rows), RANDOM)
     assert np.array_equal(tokens[::2], tokens[1::2])
-    assert len(set(tokens[::2].tolist())) > 28
+    assert len(set(tokens[::2].tolist())) > 24
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0, 1000.0])
@@ -231,16 +240,16 @@ def test_a_banned_token_is_never_sampled(temperature: float) -> None:
         repetition_penalty=2.0,
         prompt=(0, 5, 20),
     )
-    logits = some_logits(8, num_rows=256)
+    logits = some_logits(8, num_rows=64)
     logits[:, :6] += 1000
-    tokens = draw(logits, pack([dataclasses.replace(banned, seed=i) for i in range(256)], VOCAB_SIZE))
+    tokens = draw(logits, pack([dataclasses.replace(banned, seed=i) for i in range(64)], VOCAB_SIZE))
     assert not set(tokens.tolist()) & {*range(7), 20, 21}
 
 
 @pytest.mark.parametrize("off", [{"top_k": 0}, {"top_k": -1}, {"top_k": 300}, {"top_p": 1.0}, {"min_p": 0.0}])
 def test_a_truncation_that_is_off_removes_nothing(off: dict[str, float]) -> None:
     # Spread so wide that most probabilities vanish in float32 sums: none of it may be lost to rounding.
-    logits = np.linspace(-300, 300, 300, dtype=np.float32)[None]
+    logits = np.linspace(-300, 300, VOCAB_SIZE, dtype=np.float32)[None]
     assert kept_by_op(logits, [Params(**off)]).all()
 
 
@@ -251,18 +260,27 @@ def test_the_hardest_truncation_leaves_the_largest(hard: dict[str, float], scale
     assert np.array_equal(kept_by_op(logits, [Params(**hard)] * 16), logits == logits.max(axis=1, keepdims=True))
 
 
+def kept_of(values: list[float], **truncation: float) -> list[bool]:
+    """Which of a few tokens stay, when the rest of the vocabulary is not allowed."""
+    logits = np.zeros((1, VOCAB_SIZE), np.float32)
+    logits[0, : len(values)] = values
+    found = kept_by_op(logits, [Params(allowed=tuple(range(len(values))), **truncation)])[0]  # type: ignore[arg-type]
+    assert not found[len(values) :].any()
+    return list(found[: len(values)])
+
+
 def test_tokens_tied_at_a_threshold_are_all_kept() -> None:
-    logits = np.array([[3, 2, 2, 2, 1, 1, 0, 0]], np.float32)
-    assert kept_by_op(logits, [Params(top_k=2)])[0].tolist() == [True] * 4 + [False] * 4
-    top_p = np.exp(3) / np.exp(logits).sum() + 1e-3
-    assert kept_by_op(logits, [Params(top_p=float(top_p))])[0].tolist() == [True] * 4 + [False] * 4
+    logits = [3.0, 2.0, 2.0, 2.0, 1.0, 1.0, 0.0, 0.0]
+    assert kept_of(logits, top_k=2) == [True] * 4 + [False] * 4
+    just_above_the_first = np.exp(3) / np.exp(logits).sum() + 1e-3
+    assert kept_of(logits, top_p=just_above_the_first) == [True] * 4 + [False] * 4
 
 
 def test_top_p_is_of_what_top_k_left() -> None:
-    logits = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float32))
+    logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
     # 0.4 is 0.57 of what top_k leaves, and 0.4 of everything.
-    assert kept_by_op(logits, [Params(top_k=2, top_p=0.55)])[0].tolist() == [True, False, False, False]
-    assert kept_by_op(logits, [Params(top_p=0.55)])[0].tolist() == [True, True, False, False]
+    assert kept_of(logits, top_k=2, top_p=0.55) == [True, False, False, False]
+    assert kept_of(logits, top_p=0.55) == [True, True, False, False]
 
 
 def test_a_bad_word_counts_from_the_output_only() -> None:
@@ -281,7 +299,7 @@ def test_a_bad_word_counts_from_the_output_only() -> None:
 
 def test_what_lies_beyond_num_tokens_has_no_effect() -> None:
     logits = some_logits(11, num_rows=6)
-    clean, dirty = (pack(MIXED, VOCAB_SIZE, garbage=garbage) for garbage in (0, 2**31 - 1))
+    clean, dirty = (pack(MIXED, VOCAB_SIZE, garbage=garbage) for garbage in (8, 2**31 - 1))
     assert np.array_equal(run_filter(logits, clean), run_filter(logits, dirty))
 
 
@@ -295,7 +313,7 @@ def test_lists_of_length_zero_change_nothing() -> None:
 @pytest.mark.parametrize("num_values", [1, 2, 127, 128, 129, 384])
 def test_the_first_of_equal_values_is_the_argmax(num_values: int) -> None:
     x = np.random.default_rng(0).integers(0, 4, (64, num_values)).astype(np.float32)
-    found = np.asarray(jax.jit(first_argmax)(x))
+    found = np.asarray(run_argmax(x))
     assert np.array_equal(found, x.argmax(axis=1))
     assert found.dtype == np.int32
 
@@ -304,7 +322,7 @@ def test_the_first_of_equal_values_is_the_argmax(num_values: int) -> None:
 def test_the_argmax_of_broken_logits_is_still_an_index(num_values: int) -> None:
     x = np.zeros((4, num_values), np.float32)
     x[0, 3], x[1], x[2], x[3, :-2] = np.nan, np.nan, -np.inf, -np.inf
-    assert np.asarray(first_argmax(jnp.asarray(x))).tolist() == [num_values - 1, num_values - 1, 0, num_values - 2]
+    assert np.asarray(run_argmax(x)).tolist() == [num_values - 1, num_values - 1, 0, num_values - 2]
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
@@ -323,20 +341,28 @@ def test_a_chosen_token_has_the_very_logprob_of_its_top_entry() -> None:
     logits = some_logits(14, num_rows=64, vocab_size=1000) * 4
     top = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     for place in range(5):
-        found = jax.jit(compute_logprobs, static_argnums=2)(logits, top[:, place].astype(np.int32), 5)
+        found = run_logprobs(logits, top[:, place].astype(np.int32), k=5)
         assert np.array_equal(found.token_logprobs, np.asarray(found.top_logprobs)[:, place])
         assert np.array_equal(found.token_ranks, np.full(64, place + 1))
 
 
 def test_a_rank_counts_the_larger_logits() -> None:
     logits = jnp.asarray([[1.0, 5.0, 5.0, 0.0]] * 4, jnp.float32)
-    found = compute_logprobs(logits, jnp.arange(4, dtype=jnp.int32), 2)
+    found = run_logprobs(logits, jnp.arange(4, dtype=jnp.int32), k=2)
     assert found.token_ranks.tolist() == [3, 1, 1, 4]
     assert found.top_ids.tolist() == [[1, 2]] * 4
 
 
+def test_logprobs_of_the_chosen_token_alone_need_no_top() -> None:
+    logits, chosen = some_logits(15, num_rows=5), np.arange(5, dtype=np.int32)
+    alone, with_top = run_logprobs(logits, chosen, k=0), run_logprobs(logits, chosen, k=3)
+    assert alone.top_ids.shape == alone.top_logprobs.shape == (5, 0)
+    assert np.array_equal(alone.token_logprobs, with_top.token_logprobs)
+    assert np.array_equal(alone.token_ranks, with_top.token_ranks)
+
+
 def test_logprobs_of_far_apart_logits_stay_finite() -> None:
     logits = jnp.asarray([[1e30, 0.0, -1e30]], jnp.float32)
-    found = compute_logprobs(logits, jnp.asarray([2], jnp.int32), 3)
+    found = run_logprobs(logits, jnp.asarray([2], jnp.int32), k=3)
     assert np.isfinite(found.top_logprobs).all()
     assert float(found.top_logprobs[0, 0]) == 0.0

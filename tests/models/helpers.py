@@ -1,15 +1,13 @@
-"""A dense causal `attend`, and logits by quire and by transformers for the same ids."""
+"""A dense causal `attend` and what runs on it. Needs no torch; what does is in `tiny`."""
 
-from functools import partial
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from jax import Array
-from transformers import AutoModelForCausalLM
 
 from quire.models.config import ModelConfig
 from quire.models.decoder import Attend, KVCache, LayerInfo, compute_logits, forward
@@ -43,31 +41,30 @@ def dense_attend(config: ModelConfig) -> Attend:
 
 def all_logprobs(params: Params, config: ModelConfig, token_ids: np.ndarray) -> np.ndarray:
     """Log-probabilities float32 [T, V] after every token of one sequence."""
+    return np.asarray(_compiled(config)(params, jnp.asarray(token_ids, jnp.int32)))
 
-    @quick_jit
+
+@cache
+def _compiled(config: ModelConfig) -> Callable[[Params, Array], Array]:
     def run(params: Params, token_ids: Array) -> Array:
         positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
         hidden, _ = forward(params, config, token_ids, positions, None, dense_attend(config))
         return jax.nn.log_softmax(compute_logits(params, config, hidden), axis=-1)
 
-    return np.asarray(run(params, jnp.asarray(token_ids, jnp.int32)))
-
-
-def load_in_transformers(folder: Path) -> Any:
-    """The checkpoint as a torch module in float32, with plain attention (other kinds leave out soft caps) and plain
-    experts (others want strides that are multiples of 16 bytes)."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-
-
-def transformers_logprobs(folder: Path, token_ids: np.ndarray) -> np.ndarray:
-    """The same from transformers, in float32."""
-    model = load_in_transformers(folder)
-    with torch.no_grad():
-        logits = model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0]
-    return np.asarray(torch.log_softmax(logits.float(), dim=-1).numpy())
+    return quick_jit(run)
 
 
 def random_ids(vocab_size: int, num_tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, num_tokens, dtype=np.int32)
+
+
+def neuron_violations(program: str) -> list[str]:
+    """Lines of a lowered StableHLO program that neuronx-cc has no lowering for, or a wrong one."""
+    forbidden = (
+        r"stablehlo\.(sort|if|case|custom_call|rng|rng_bit_generator)\b"
+        r"|chlo\.top_k"
+        r"|[x<]f64>|[x<]u?i64>"
+        r"|dot_general.*[x<]u?i\d+>"
+        r"|stablehlo\.reduce\([^)]*\), \("  # two init values: a reduction over pairs, as argmax is
+    )
+    return [line for line in program.splitlines() if re.search(forbidden, line)]

@@ -17,8 +17,9 @@ from quire.models.checkpoint import INDEX_FILE, SINGLE_FILE, load_params, resolv
 from quire.models.config import ModelConfig
 from quire.models.params import Params, param_specs
 from quire.models.registry import load_config
-from tests.models.helpers import load_in_transformers
-from tests.models.tiny import TINY, make_checkpoint
+from tests.models.tiny import TINY, load_in_transformers, make_checkpoint
+
+pytest.importorskip("torch", reason="transformers needs torch to write checkpoints")
 
 Tensors = dict[str, np.ndarray]
 
@@ -120,7 +121,7 @@ def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:
 
 def test_missing_tensors_are_all_named(tmp_path: Path) -> None:
     folder = make_checkpoint("llama", tmp_path, seed=7)
-    gone = ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"]
+    gone = ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
     edit(folder, lambda tensors: [tensors.pop(name) for name in gone])
     with pytest.raises(CheckpointError, match="missing: ") as caught:
         load(folder)
@@ -139,7 +140,7 @@ def test_a_tensor_left_over_is_named(tmp_path: Path) -> None:
     [
         ("llama", "model.layers.0.self_attn.k_proj.weight", [30, 36]),
         ("phi3", "model.layers.0.self_attn.qkv_proj.weight", [60, 36]),
-        ("mixtral", "model.layers.2.block_sparse_moe.experts.4.w2.weight", [36, 50]),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.4.w2.weight", [36, 50]),
     ],
 )
 def test_a_misshapen_tensor_is_named_with_both_shapes(

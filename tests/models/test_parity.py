@@ -8,9 +8,13 @@ import pytest
 
 from quire.models.checkpoint import load_params
 from quire.models.registry import SUPPORTED_ARCHITECTURES, load_config
-from tests.models.helpers import all_logprobs, random_ids, transformers_logprobs
-from tests.models.tiny import TINY, make_checkpoint
+from tests.models.helpers import all_logprobs, random_ids
+from tests.models.tiny import TINY, make_checkpoint, transformers_logprobs
 
+pytest.importorskip("torch", reason="transformers needs torch to be compared with")
+
+SCANNED_TOO = ("gemma3", "phi3-longrope", "qwen2-windows", "qwen3-moe")
+"""Between them all that differs between the layouts; the others would only compile the same program again."""
 NUM_TOKENS = 23  # longer than every window, shorter than the longrope models' original context
 
 
@@ -22,7 +26,7 @@ def test_logprobs_equal_those_of_transformers(name: str, tmp_path: Path) -> None
     expected = transformers_logprobs(folder, ids)
     assert expected.std() > 0.1, "logits without contrast would agree with anything"
 
-    for stacked in (False, True):
+    for stacked in (False, True) if name in SCANNED_TOO else (False,):
         logprobs = all_logprobs(load_params(folder, config, jnp.float32, stacked=stacked), config, ids)
         np.testing.assert_allclose(logprobs, expected, atol=1e-4, rtol=0)  # measured: at most 1e-5
         np.testing.assert_array_equal(logprobs.argmax(-1), expected.argmax(-1))
@@ -39,12 +43,10 @@ def test_a_longrope_model_beyond_its_original_context_equals_transformers(tmp_pa
 
 
 def test_every_supported_architecture_has_a_tiny_model() -> None:
-    def classes() -> set[str]:
-        from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-        return {AutoModelForCausalLM._model_mapping[type(make())].__name__ for make in TINY.values()}
-
-    assert classes() == set(SUPPORTED_ARCHITECTURES)
+    classes = {AutoModelForCausalLM._model_mapping[type(make())].__name__ for make in TINY.values()}
+    assert classes == set(SUPPORTED_ARCHITECTURES)
 
 
 def test_layers_in_half_precision_stay_near_float32(tmp_path: Path) -> None:

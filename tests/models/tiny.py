@@ -2,15 +2,15 @@
 
 Heads of 10 or 14 dimensions that are not hidden / heads, 9 query over 3 key heads, odd vocabularies, windows shorter than
 the prompts, every kind of rope scaling, biases, tied and untied embeddings. No tokenizer comes with them.
+torch is imported where it is needed only, so that tests of configs run without it.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -27,7 +27,7 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 36,
     "intermediate_size": 50,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "max_position_embeddings": 256,
@@ -89,7 +89,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2-windows": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=14),
     "qwen3-biased": lambda: Qwen3Config(
-        **_SIZES, head_dim=14, attention_bias=True, use_sliding_window=True, sliding_window=6, max_window_layers=2
+        **_SIZES, head_dim=14, attention_bias=True, use_sliding_window=True, sliding_window=6, max_window_layers=1
     ),
     "gemma2": lambda: Gemma2Config(
         **_SIZES,
@@ -100,7 +100,7 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
         final_logit_softcapping=3.0,
     ),
     "gemma3": lambda: Gemma3TextConfig(
-        **_SIZES,
+        **(_SIZES | {"num_hidden_layers": 3}),
         head_dim=14,
         query_pre_attn_scalar=23,
         sliding_window=5,
@@ -133,6 +133,9 @@ def make_checkpoint(name: str, folder: Path, seed: int, **save_options: Any) -> 
 
     Every parameter is random, biases and norms too, so that none can be left out unnoticed.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -144,3 +147,24 @@ def make_checkpoint(name: str, folder: Path, seed: int, **save_options: Any) -> 
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder, **save_options)
     return folder
+
+
+def load_in_transformers(folder: Path) -> Any:
+    """The checkpoint as a torch module in float32, with plain attention (other kinds leave out soft caps) and plain
+    experts (others want strides that are multiples of 16 bytes)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+
+
+def transformers_logprobs(folder: Path, token_ids: np.ndarray) -> np.ndarray:
+    """Log-probabilities float32 [T, V] after every token of one sequence, by transformers."""
+    import torch
+
+    model = load_in_transformers(folder)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0]
+    return np.asarray(torch.log_softmax(logits.float(), dim=-1).numpy())

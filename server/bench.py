@@ -1,0 +1,15 @@
+"""`quire bench`: the benchmarks of quire.bench as commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quire.bench import offline
+
+
+def add_command(commands: Any) -> None:
+    """Adds the command, with one sub-command per benchmark."""
+    parser = commands.add_parser("bench", help="measure; each benchmark prints one JSON line")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for module in (offline,):
+        module.add_command(benchmarks)
