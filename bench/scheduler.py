@@ -23,7 +23,6 @@ from quire.engine.step_data import ModelRunnerOutput, SchedulerOutput, StepLimit
 BLOCK_SIZE = 16
 TILE_SIZE = 64
 PROMPT_LEN = 48
-NUM_TILES = 16
 
 
 def decoding_scheduler(num_running: int, max_steps: int, *, num_waiting: int = 0) -> Scheduler:
@@ -34,9 +33,9 @@ def decoding_scheduler(num_running: int, max_steps: int, *, num_waiting: int = 0
     max_model_len = PROMPT_LEN + max_steps + 2
     scheduler = Scheduler(
         KVCacheManager(1 + (num_running + 1) * -(-max_model_len // BLOCK_SIZE), BLOCK_SIZE, enable_prefix_caching=True),
-        StepLimits(num_running, NUM_TILES, TILE_SIZE, mixed_batches=True),
+        StepLimits(num_running, num_running, TILE_SIZE, mixed_batches=True),
         max_num_seqs=num_running,
-        max_num_batched_tokens=num_running + NUM_TILES * TILE_SIZE,
+        max_num_batched_tokens=num_running * (1 + TILE_SIZE),
         max_model_len=max_model_len,
         admission=ContinuousBatching(),
     )
@@ -44,10 +43,7 @@ def decoding_scheduler(num_running: int, max_steps: int, *, num_waiting: int = 0
     for idx in range(num_running + num_waiting):
         prompt = (idx, *range(1, PROMPT_LEN))
         scheduler.add_request(EngineCoreRequest(str(idx), prompt, params, arrival_time=float(idx)))
-    while any(request.num_computed_tokens < PROMPT_LEN for request in scheduler.running) or (
-        len(scheduler.running) < num_running
-    ):
-        one_step(scheduler)
+    one_step(scheduler)  # every prompt fits into one
     return scheduler
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 
@@ -62,7 +62,7 @@ class CompilationCounter:
             logger.warning("compiled %s in %.2f s after warm-up; serving stood still meanwhile", what, seconds)
 
 
-def _on_duration(event: str, duration: float, **details: Any) -> None:
+def _on_duration(event: str, duration_secs: float, **details: str | int) -> None:
     counter = CompilationCounter._current.get()
     if event == _COMPILE_EVENT and counter is not None:
-        counter._count(duration, str(details.get("fun_name", "a program")))
+        counter._count(duration_secs, str(details.get("fun_name", "a program")))

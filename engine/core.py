@@ -137,7 +137,7 @@ class EngineCore:
 
 def _enable_compilation_cache() -> None:
     """Points jax's persistent cache at quire's folder, unless the process has chosen one itself."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -210,7 +210,9 @@ def _make_runner(
         model,
         params,
         backend,
-        StepConfig(model, ops, resolved.max_logprobs, unroll_steps=not backend.capabilities.scan_layers),
+        StepConfig(
+            model, ops, resolved.block_size, resolved.max_logprobs, unroll_steps=not backend.capabilities.scan_layers
+        ),
         RunnerConfig(
             max_num_seqs=resolved.max_num_seqs,
             max_model_len=resolved.max_model_len,

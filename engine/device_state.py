@@ -142,7 +142,8 @@ def empty_slots(num_slots: int, max_model_len: int, vocab_size: int) -> Slots:
     """Slots [num_slots + 1, ...] that nobody holds; the last is the sink."""
     row = empty_row(max_model_len, vocab_size)
     stacked: Slots = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (num_slots + 1, *leaf.shape)), row)
-    return jax.tree.map(jnp.array, stacked)
+    slots: Slots = jax.tree.map(jnp.array, stacked)
+    return slots
 
 
 def write_row(slots: Slots, slot: jax.Array, row: Slots) -> Slots:

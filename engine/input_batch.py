@@ -11,7 +11,7 @@ from quire.backends.base import StepShape
 from quire.engine.block_pool import NULL_BLOCK
 from quire.engine.device_state import sampling_mode
 from quire.engine.step import ModelInput
-from quire.engine.step_data import AdmittedRequest, BlockUpdate, PrefillChunk, SchedulerOutput, StepLimits
+from quire.engine.step_data import AdmittedRequest, BlockUpdate, DecodeRow, PrefillChunk, SchedulerOutput, StepLimits
 from quire.kernels.sampling.rows import SamplingMode
 
 
@@ -135,7 +135,8 @@ class InputBatch:
         self._tables[update.slot, update.first_idx : update.first_idx + len(update.block_ids)] = update.block_ids
 
     def _need(self, step: SchedulerOutput) -> StepShape:
-        longest = max(row.start + row.num_tokens for row in (*step.decode, *step.prefill))
+        rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
+        longest = max(row.start + row.num_tokens for row in rows)
         slots = sampling_slots(step)
         prompt_logprobs = any(self._prompt_targets(chunk) for chunk in step.prefill)
         return StepShape(

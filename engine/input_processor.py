@@ -100,6 +100,7 @@ class InputProcessor:
         return ProcessedRequest(request_id, text, token_ids, params, arrival_time, choices)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        given: object = prompt
         if isinstance(prompt, Mapping):
             keys = {"prompt", "prompt_token_ids"} & set(prompt)
             if len(keys) != 1 or len(prompt) != 1:
@@ -107,19 +108,18 @@ class InputProcessor:
                     f"a prompt given as a dict has exactly one key, 'prompt' or 'prompt_token_ids', not {sorted(prompt)}",
                     parameter="prompt",
                 )
-            inner = next(iter(prompt.values()))
-            if ("prompt" in keys) != isinstance(inner, str):
-                raise InvalidRequestError(f"{keys.pop()!r} holds {type(inner).__name__}", parameter="prompt")
-            prompt = inner  # type: ignore[assignment]
-        if isinstance(prompt, str):
+            given = next(iter(prompt.values()))
+            if ("prompt" in keys) != isinstance(given, str):
+                raise InvalidRequestError(f"{keys.pop()!r} holds {type(given).__name__}", parameter="prompt")
+        if isinstance(given, str):
             if self._tokenizer is None:
                 raise InvalidRequestError("there is no tokenizer; give prompt_token_ids", parameter="prompt")
-            return prompt, tuple(self._tokenizer.encode(prompt))
-        if not isinstance(prompt, Sequence):
+            return given, tuple(self._tokenizer.encode(given))
+        if not isinstance(given, Sequence):
             raise InvalidRequestError(
-                f"a prompt is a string or a list of token ids, not {type(prompt).__name__}", parameter="prompt"
+                f"a prompt is a string or a list of token ids, not {type(given).__name__}", parameter="prompt"
             )
-        return None, tuple(prompt)
+        return None, tuple(given)
 
     def _check_prompt(self, token_ids: tuple[int, ...]) -> None:
         if not token_ids:

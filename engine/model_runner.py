@@ -80,11 +80,11 @@ class ModelRunner:
         blocks_per_row = -(-config.max_model_len // config.block_size)
         chooser = ShapeChooser(shapes, config.block_size)
         self._batch = InputBatch(limits, config.max_num_seqs, blocks_per_row, config.block_size, chooser)
-        self._programs: dict[StepShape, Program] = {}
+        self.programs: dict[StepShape, Program] = {}
         self._write_row: Program | None = None
         self.compilations = CompilationCounter()
         self.counters = RunnerCounters()
-        self._state = DeviceState(
+        self.state = DeviceState(
             kv_cache=empty_kv_cache(model, backend.capabilities, config.num_kv_blocks, config.block_size, config.dtype),
             slots=empty_slots(config.max_num_seqs, config.max_model_len, model.vocab_size),
         )
@@ -98,22 +98,22 @@ class ModelRunner:
         """
         begin = time.perf_counter()
         row = empty_row(self._config.max_model_len, self._model.vocab_size)
-        jobs: dict[StepShape | None, Any] = {None: (write_row, (self._state.slots, np.int32(0), row), (0,))}
+        jobs: dict[StepShape | None, Any] = {None: (write_row, (self.state.slots, np.int32(0), row), (0,))}
         for shape in self._shapes:
-            arguments = (self._params, self._state, self.abstract_inputs(shape))
+            arguments = (self._params, self.state, self.abstract_inputs(shape))
             jobs[shape] = (make_step(self._step_config, shape), arguments, (1,))
         with ThreadPoolExecutor(min(MAX_COMPILE_THREADS, len(jobs))) as pool:
             futures = {pool.submit(self._build, *job): shape for shape, job in jobs.items()}
             for num_done, future in enumerate(as_completed(futures), start=1):
-                shape = futures[future]
-                if shape is None:
+                built = futures[future]
+                if built is None:
                     self._write_row = future.result()
                 else:
-                    self._programs[shape] = future.result()
+                    self.programs[built] = future.result()
                 if progress is not None:
-                    progress(num_done, len(jobs), "slot update" if shape is None else shape.describe())
+                    progress(num_done, len(jobs), "slot update" if built is None else built.describe())
         self._write(self._config.max_num_seqs, row)
-        jax.block_until_ready(self._state)
+        jax.block_until_ready(self.state)
         self.compilations.finish_warm_up()
         return time.perf_counter() - begin
 
@@ -147,7 +147,7 @@ class ModelRunner:
             self._batch.admit(admitted)
             self._write(admitted.slot, request_row(admitted, self._config.max_model_len, self._model.vocab_size))
         inputs, layout = self._batch.build(step)
-        self._state, output = self._programs[layout.shape](self._params, self._state, inputs)
+        self.state, output = self.programs[layout.shape](self._params, self.state, inputs)
         jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
         self.counters.num_real_tokens += step.num_tokens
         self.counters.num_padding_tokens += layout.shape.num_tokens * step.num_decode_steps - step.num_tokens
@@ -177,7 +177,7 @@ class ModelRunner:
 
     def _write(self, slot: int, row: Slots) -> None:
         assert self._write_row is not None, "warm_up comes first"
-        self._state = self._state.replace(slots=self._write_row(self._state.slots, np.int32(slot), row))  # type: ignore[attr-defined]
+        self.state = self.state.replace(slots=self._write_row(self.state.slots, np.int32(slot), row))  # type: ignore[attr-defined]
 
     def _prompt_logprobs(self, dispatched: Dispatched) -> dict[str, list[TokenLogprobs]]:
         if dispatched.output.prompt_logprobs is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ TITLES = {"load": "loading weights", "compile": "compiling steps"}
 @contextmanager
 def show_progress() -> Iterator[Progress]:
     """A progress function that draws one bar per phase on standard error; it draws nothing where that is no terminal."""
-    bars: dict[str, tqdm[None]] = {}
+    bars: dict[str, tqdm[Any]] = {}
 
     def progress(phase: str, done: int, total: int, what: str) -> None:
         if phase not in bars:

@@ -36,9 +36,11 @@ class Request:
         "block_hashes",
         "block_ids",
         "cache_salt",
+        "end_ids",
         "eos_token_ids",
         "first_scheduled_time",
         "max_total_tokens",
+        "min_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_hashed_blocks",
@@ -67,7 +69,10 @@ class Request:
         wanted = max_model_len if params.max_tokens is None else self.prompt_len + params.max_tokens
         self.max_total_tokens = min(wanted, max_model_len)
         self.eos_token_ids = frozenset(() if params.ignore_eos else source.eos_token_ids)
-        self.stop_ids = frozenset(params.stop_token_ids or ())
+        self.stop_ids = frozenset(params.stop_token_ids)
+        self.end_ids = self.eos_token_ids | self.stop_ids
+        # With fewer tokens than these, none of the end_ids ends the request.
+        self.min_total_tokens = self.prompt_len + params.min_tokens
         # The scheduler's sort key: the smaller goes first and is preempted last. It never changes, so no request overtakes for ever.
         self.order = order
         self.slot = -1
@@ -91,7 +96,8 @@ class Request:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are still to be computed; the last token that may be generated never needs to be."""
-        return min(len(self.token_ids) + self.num_in_flight, self.max_total_tokens - 1) - self.num_computed_tokens
+        num_tokens = len(self.token_ids) + self.num_in_flight
+        return num_tokens - self.num_computed_tokens if num_tokens < self.max_total_tokens else 0
 
     def __repr__(self) -> str:
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from quire.engine.admission import AdmissionPolicy, Headroom
@@ -180,27 +180,31 @@ class Scheduler:
         )
 
     def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
-        """Takes a step's tokens in; what each request gained by it."""
+        """Takes a step's tokens in; what each request gained by it.
+
+        Rows whose request was ended by an earlier token or an abort while the step was in flight count for nothing, also
+        when another request has taken the id since.
+        """
         outputs = []
         num_rows = len(step.decode)
         decoded = zip(step.decode, result.token_ids[:num_rows], result.logprobs[:num_rows], strict=True)
         for row, token_ids, logprobs in decoded:
-            request = self._find(row)
-            if request is not None:
+            request = self.requests.get(row.request_id)
+            if request is not None and request.order[1] == row.arrival_idx:
                 request.num_in_flight -= row.num_tokens
-                outputs.append(self._append(request, token_ids, logprobs, None))
+                outputs.append(self._append(request, token_ids, logprobs))
         sampled = zip(result.token_ids[num_rows:], result.logprobs[num_rows:], strict=True)
         for chunk in step.prefill:
             token_ids, logprobs = next(sampled) if chunk.samples else ([], None)
-            request = self._find(chunk)
-            if request is None:
+            request = self.requests.get(chunk.request_id)
+            if request is None or request.order[1] != chunk.arrival_idx:
                 continue
             prompt_logprobs = self._new_prompt_logprobs(request, chunk, result)
             if chunk.samples:
                 request.num_in_flight -= 1
                 outputs.append(self._append(request, token_ids, logprobs, prompt_logprobs))
             elif prompt_logprobs:
-                outputs.append(_output(request, prompt_logprobs=prompt_logprobs))
+                outputs.append(self._append(request, [], None, prompt_logprobs))
         return outputs
 
     # ---- the parts of a step
@@ -230,14 +234,16 @@ class Scheduler:
         A row takes one token of the budget, however many steps the dispatch has: the budget bounds each of them.
         """
         idx = 0
-        running, block_size, has_window = self.running, self.kv_cache.block_size, self.kv_cache.has_window
+        running, num_steps = self.running, plan.num_decode_steps
+        block_size, has_window = self.kv_cache.block_size, self.kv_cache.has_window
         while idx < len(running) and len(plan.decode) < plan.tokens_left:
             request = running[idx]
             idx += 1
-            if request.num_uncomputed_tokens != 1:
-                continue
             start = request.num_computed_tokens
-            count = min(plan.num_decode_steps, request.max_total_tokens - 1 - start)
+            num_tokens = len(request.token_ids) + request.num_in_flight
+            if num_tokens - start != 1 or num_tokens >= request.max_total_tokens:
+                continue  # it is still catching up, or its last token is in flight
+            count = 1 if num_steps == 1 else min(num_steps, request.max_total_tokens - 1 - start)
             if has_window:
                 self._release_out_of_window(plan, request)
             if start + count > len(request.block_ids) * block_size and not self._grow(plan, request, start + count):
@@ -319,6 +325,7 @@ class Scheduler:
 
     def _let_in(self, plan: _Plan, request: Request, prefix: CachedPrefix) -> None:
         self.kv_cache.admit(request, prefix)
+        self._headroom.admitted()
         request.num_computed_tokens = prefix.num_tokens
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
@@ -346,11 +353,6 @@ class Scheduler:
 
     # ---- the parts of an update
 
-    def _find(self, row: DecodeRow | PrefillChunk) -> Request | None:
-        """The row's request, unless an earlier token or an abort ended it while the step was in flight."""
-        request = self.requests.get(row.request_id)
-        return request if request is not None and request.order[1] == row.arrival_idx else None
-
     def _new_prompt_logprobs(
         self, request: Request, chunk: PrefillChunk, result: ModelRunnerOutput
     ) -> list[TokenLogprobs] | None:
@@ -367,27 +369,24 @@ class Scheduler:
         request: Request,
         token_ids: list[int],
         logprobs: list[TokenLogprobs] | None,
-        prompt_logprobs: list[TokenLogprobs] | None,
+        prompt_logprobs: list[TokenLogprobs] | None = None,
     ) -> EngineCoreOutput:
         """Adds sampled tokens up to the first that ends the request."""
-        num_new = 0
         finish_reason: FinishReason | None = None
         stop_reason: int | None = None
-        tokens, min_total = request.token_ids, request.prompt_len + request.params.min_tokens
+        tokens, num_new = request.token_ids, 0
         for token_id in token_ids:
             tokens.append(token_id)
             num_new += 1
-            if len(tokens) >= min_total:
-                if token_id in request.eos_token_ids:
-                    finish_reason = "stop"
-                elif token_id in request.stop_ids:
-                    finish_reason, stop_reason = "stop", token_id
-            if finish_reason is None and len(tokens) >= request.max_total_tokens:
+            if token_id in request.end_ids and len(tokens) >= request.min_total_tokens:
+                finish_reason, stop_reason = "stop", None if token_id in request.eos_token_ids else token_id
+                break
+            if len(tokens) >= request.max_total_tokens:
                 finish_reason = "length"
-            if finish_reason is not None:
                 break
         self.counters.num_generation_tokens += num_new
-        if request.slot >= 0:
+        # Publishing has nothing to do before another block is full, which spares most rows the call.
+        if request.slot >= 0 and len(tokens) >= (request.num_hashed_blocks + 1) * self.kv_cache.block_size:
             self.kv_cache.publish_full_blocks(request)
         if finish_reason is not None:
             self._remove(request)
@@ -396,7 +395,17 @@ class Scheduler:
         if num_new < len(token_ids):
             token_ids = token_ids[:num_new]
             logprobs = logprobs[:num_new] if logprobs is not None else None
-        return _output(request, token_ids, logprobs, prompt_logprobs, finish_reason, stop_reason)
+        return EngineCoreOutput(
+            request.request_id,
+            token_ids,
+            logprobs,
+            prompt_logprobs,
+            finish_reason,
+            stop_reason,
+            request.num_cached_tokens,
+            request.num_preemptions,
+            request.first_scheduled_time,
+        )
 
     def _remove(self, request: Request) -> None:
         del self.requests[request.request_id]
@@ -422,27 +431,6 @@ class Scheduler:
         assert sorted([*slots, *self._free_slots]) == list(range(self.max_num_seqs)), (slots, self._free_slots)
         assert _is_sorted(self.running)
         assert _is_sorted(self.waiting)
-
-
-def _output(
-    request: Request,
-    token_ids: Sequence[int] = (),
-    logprobs: list[TokenLogprobs] | None = None,
-    prompt_logprobs: list[TokenLogprobs] | None = None,
-    finish_reason: FinishReason | None = None,
-    stop_reason: int | None = None,
-) -> EngineCoreOutput:
-    return EngineCoreOutput(
-        request.request_id,
-        list(token_ids),
-        logprobs,
-        prompt_logprobs,
-        finish_reason,
-        stop_reason,
-        request.num_cached_tokens,
-        request.num_preemptions,
-        request.first_scheduled_time,
-    )
 
 
 def _admitted(request: Request) -> AdmittedRequest:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from quire.backends.base import Program, StepShape
+from quire.engine.block_pool import NULL_BLOCK
 from quire.engine.device_state import DeviceState, Slots
 from quire.kernels.ops import Ops
 from quire.kernels.sampling.reference import compute_logprobs
@@ -53,6 +54,7 @@ class StepConfig:
 
     model: ModelConfig
     ops: Ops
+    block_size: int
     num_logprobs: int
     unroll_steps: bool
 
@@ -90,6 +92,8 @@ class _Rectangles:
     decode_query_lens: jax.Array  # [R] int32, 1, or 0 for a row with nothing to compute
     tile_lens: jax.Array  # [P] int32, tokens up to the tile's last
     positions: jax.Array  # [T] int32
+    write_blocks: jax.Array  # [T] int32, where each token's key and value go; the null block for padding
+    write_offsets: jax.Array  # [T] int32
     token_ids: jax.Array  # [T] int32
     slots: jax.Array  # [R + P] int32, whose tokens are sampled; the sink for rows that sample nothing
     last_token: jax.Array  # [R + P] int32, index into T of the token whose hidden state gives the logits
@@ -98,7 +102,7 @@ class _Rectangles:
 def _one_step(
     config: StepConfig, shape: StepShape, params: Any, state: DeviceState, inputs: ModelInput
 ) -> tuple[DeviceState, StepOutput]:
-    rectangles = _lay_out(shape, state.slots, inputs)
+    rectangles = _lay_out(shape, config.block_size, state.slots, inputs)
     attend = _make_attend(config, shape, inputs, rectangles)
     hidden, kv_cache = forward(
         params, config.model, rectangles.token_ids, rectangles.positions, state.kv_cache, attend
@@ -114,7 +118,7 @@ def _one_step(
     return DeviceState(kv_cache, slots), StepOutput(sampled.token_ids, sampled.logprobs, prompt_logprobs)
 
 
-def _lay_out(shape: StepShape, slots: Slots, inputs: ModelInput) -> _Rectangles:
+def _lay_out(shape: StepShape, block_size: int, slots: Slots, inputs: ModelInput) -> _Rectangles:
     num_rows, num_tiles, tile_size = shape.decode_rows, shape.prefill_tiles, shape.tile_size
     sink = slots.num_tokens.shape[0] - 1
     max_len = slots.tokens.shape[1]
@@ -126,12 +130,16 @@ def _lay_out(shape: StepShape, slots: Slots, inputs: ModelInput) -> _Rectangles:
     tile_positions = jnp.minimum(inputs.tile_starts[:, None] + offsets, max_len - 1)  # [P, C]
     decode_tokens = slots.tokens[inputs.decode_slots, decode_positions]
     tile_tokens = slots.tokens[inputs.tile_slots[:, None], tile_positions]
+    decode_places = _places(inputs.decode_tables, decode_positions[:, None], is_active[:, None], block_size)
+    tile_places = _places(inputs.tile_tables, tile_positions, offsets < inputs.tile_lens[:, None], block_size)
     last_of_tile = num_rows + jnp.arange(num_tiles, dtype=jnp.int32) * tile_size + jnp.maximum(inputs.tile_lens - 1, 0)
     return _Rectangles(
         decode_lens=jnp.where(is_active, num_tokens, 0),
         decode_query_lens=is_active.astype(jnp.int32),
         tile_lens=inputs.tile_starts + inputs.tile_lens,
         positions=jnp.concatenate([decode_positions, tile_positions.reshape(-1)]),
+        write_blocks=jnp.concatenate([decode_places[0], tile_places[0]]),
+        write_offsets=jnp.concatenate([decode_places[1], tile_places[1]]),
         token_ids=jnp.concatenate([decode_tokens, tile_tokens.reshape(-1)]),
         slots=jnp.concatenate(
             [jnp.where(is_active, inputs.decode_slots, sink), jnp.where(inputs.tile_samples, inputs.tile_slots, sink)]
@@ -140,21 +148,36 @@ def _lay_out(shape: StepShape, slots: Slots, inputs: ModelInput) -> _Rectangles:
     )
 
 
+def _places(
+    tables: jax.Array, positions: jax.Array, is_real: jax.Array, block_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Block and offset, each [rows x width], of the tokens at `positions` [rows, width]; the null block where not real."""
+    block_idx = jnp.minimum(positions // block_size, tables.shape[1] - 1)
+    blocks = jnp.where(is_real, jnp.take_along_axis(tables, block_idx, axis=1), NULL_BLOCK)
+    return blocks.reshape(-1), jnp.where(is_real, positions % block_size, 0).reshape(-1)
+
+
 def _make_attend(config: StepConfig, shape: StepShape, inputs: ModelInput, rectangles: _Rectangles) -> Attend:
-    """Attention for the model: finds the layer's cache, then calls the op once per rectangle."""
+    """Attention for the model: writes the layer's keys and values, then calls the op once per rectangle."""
     model, num_rows = config.model, shape.decode_rows
+    parts = []  # (tokens, width, block tables, sequence lengths, query lengths)
+    if num_rows:
+        lens = (rectangles.decode_lens, rectangles.decode_query_lens)
+        parts.append((slice(0, num_rows), 1, inputs.decode_tables, *lens))
+    if shape.prefill_tiles:
+        lens = (rectangles.tile_lens, inputs.tile_lens)
+        parts.append((slice(num_rows, None), shape.tile_size, inputs.tile_tables, *lens))
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: Any, info: LayerInfo
     ) -> tuple[jax.Array, jax.Array | tuple[jax.Array, ...]]:
         cache, first_block = _layer_cache(kv_cache, info, model.num_layers)
-
-        def rectangle(
-            part: slice, width: int, cache: jax.Array, tables: jax.Array, seq_lens: jax.Array, query_lens: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            folded = [x[part].reshape(-1, width, *x.shape[1:]) for x in (q, k, v)]  # [rows, width, heads, H]
-            out, cache = config.ops.paged_attention.function(
-                *folded,
+        blocks = rectangles.write_blocks + first_block
+        cache = config.ops.write_kv.function(cache, k, v, blocks, rectangles.write_offsets)
+        outs = []
+        for tokens, width, tables, seq_lens, query_lens in parts:
+            out = config.ops.paged_attention.function(
+                q[tokens].reshape(-1, width, *q.shape[1:]),  # [rows, width, N_q, H]
                 cache,
                 tables + first_block,
                 seq_lens,
@@ -163,25 +186,7 @@ def _make_attend(config: StepConfig, shape: StepShape, inputs: ModelInput, recta
                 sliding_window=info.sliding_window,
                 soft_cap=model.attention_soft_cap,
             )
-            return out.reshape(-1, *q.shape[1:]), cache
-
-        outs = []
-        if num_rows:
-            out, cache = rectangle(
-                slice(0, num_rows),
-                1,
-                cache,
-                inputs.decode_tables,
-                rectangles.decode_lens,
-                rectangles.decode_query_lens,
-            )
-            outs.append(out)
-        if shape.prefill_tiles:
-            tiles = slice(num_rows, None)
-            out, cache = rectangle(
-                tiles, shape.tile_size, cache, inputs.tile_tables, rectangles.tile_lens, inputs.tile_lens
-            )
-            outs.append(out)
+            outs.append(out.reshape(-1, *q.shape[1:]))
         return jnp.concatenate(outs) if len(outs) > 1 else outs[0], _with_layer_cache(kv_cache, info, cache)
 
     return attend

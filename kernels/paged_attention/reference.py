@@ -12,10 +12,23 @@ import jax.numpy as jnp
 MASKED = -1.0e30
 
 
+def write_kv(
+    kv_cache: jax.Array, k_new: jax.Array, v_new: jax.Array, blocks: jax.Array, offsets: jax.Array
+) -> jax.Array:
+    """The reference of `contract.WriteKV`: one scatter of whole token rows."""
+    num_tokens, num_kv_heads, head_dim = k_new.shape
+    kv_new = jnp.stack([k_new, v_new], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)  # [T, 2K, H]
+    kv_new = _to_bits(kv_new, kv_cache.dtype)
+    if num_tokens == 1:
+        # XLA turns a scatter of one row into a slice update, fuses that into the gather that follows, which then reads the
+        # cache as it was, and keeps a copy of it for that. A second row, in the null block, keeps it a scatter.
+        kv_new = jnp.concatenate([kv_new, jnp.zeros_like(kv_new)])
+        blocks, offsets = (jnp.concatenate([idx, jnp.zeros_like(idx)]) for idx in (blocks, offsets))
+    return kv_cache.at[blocks, offsets].set(kv_new, mode="promise_in_bounds")
+
+
 def paged_attention(
     q: jax.Array,
-    k_new: jax.Array,
-    v_new: jax.Array,
     kv_cache: jax.Array,
     block_tables: jax.Array,
     seq_lens: jax.Array,
@@ -24,35 +37,12 @@ def paged_attention(
     scale: float,
     sliding_window: int | jax.Array | None = None,
     soft_cap: float | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The reference of `contract.PagedAttention`: scatter the new tokens, gather each row's blocks, mask, softmax in float32."""
-    width = q.shape[1]
-    offsets = jnp.arange(width, dtype=jnp.int32)[None, :]  # [1, W]
-    positions = (seq_lens - query_lens)[:, None] + offsets  # [R, W]
-    is_real = offsets < query_lens[:, None]  # [R, W]
-    kv_cache = write_kv(kv_cache, k_new, v_new, block_tables, positions, is_real)
+) -> jax.Array:
+    """The reference of `contract.PagedAttention`: gather each row's blocks, mask, softmax in float32."""
+    positions = (seq_lens - query_lens)[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]  # [R, W]
     keys, values = _gather(kv_cache, block_tables, q.dtype)  # [R, S, K, H] each
     visible = _visible(positions, keys.shape[1], sliding_window)  # [R, W, S]
-    return _attend(q, keys, values, visible, scale, soft_cap), kv_cache
-
-
-def write_kv(
-    kv_cache: jax.Array,
-    k_new: jax.Array,
-    v_new: jax.Array,
-    block_tables: jax.Array,
-    positions: jax.Array,
-    is_real: jax.Array,
-) -> jax.Array:
-    """Scatters new keys and values [R, W, K, H] to `positions` [R, W] of their rows; tokens that are not real go to block 0."""
-    block_size = kv_cache.shape[1]
-    rows, width, num_kv_heads, head_dim = k_new.shape
-    block_idx = jnp.clip(positions // block_size, 0, block_tables.shape[1] - 1)
-    blocks = jnp.where(is_real, jnp.take_along_axis(block_tables, block_idx, axis=1), 0)  # [R, W]
-    slots = jnp.where(is_real, positions % block_size, 0)
-    kv_new = jnp.stack([k_new, v_new], axis=3).reshape(rows * width, 2 * num_kv_heads, head_dim)
-    kv_new = _to_bits(kv_new, kv_cache.dtype)
-    return kv_cache.at[blocks.reshape(-1), slots.reshape(-1)].set(kv_new, mode="promise_in_bounds")
+    return _attend(q, keys, values, visible, scale, soft_cap)
 
 
 def _gather(kv_cache: jax.Array, block_tables: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

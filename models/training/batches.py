@@ -21,12 +21,16 @@ _GREETINGS = [
     Exchange("Thanks!", "You are welcome."),
     Exchange("What is Python?", "Python is an interpreted, object-oriented, high-level programming language with dynamic semantics."),
 ]  # fmt: skip
-_SPLIT_WORD_RATE, _SPLIT_BREAK_RATE = 0.02, 0.06
+_LINE_BREAK, _SPACE = "\u010a", "\u0120"  # how byte-level BPE writes them
+_SPLIT_WORD_RATE, _SPLIT_BREAK_RATE, _SPLIT_SECOND_WORD_RATE = 0.03, 0.08, 0.20
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Documents laid end to end, each followed by <|endoftext|>; `starts` is where each begins."""
+    """Documents laid end to end, each followed by <|endoftext|>.
+
+    `starts` is where a row may begin: at a line, as prompts do, or in chats only at a document.
+    """
 
     ids: Ids
     starts: NDArray[np.int64]
@@ -37,7 +41,7 @@ def encode_streams(corpus: Corpus, tokenizer: Tokenizer, seed: int | None) -> di
     texts = {name: list(documents) for name, documents in corpus.documents.items()}
     texts["chat"] = list(_render_chats(corpus.exchanges + (_GREETINGS * 12 if seed is not None else [])))
     return {
-        name: _encode(texts[name], tokenizer, None if seed is None else [seed, index])
+        name: _encode(texts[name], tokenizer, None if seed is None else [seed, index], at_lines=name != "chat")
         for index, name in enumerate(STREAM_WEIGHTS)
     }
 
@@ -53,38 +57,41 @@ def _render_chats(exchanges: list[Exchange]) -> Iterator[str]:
         yield template.render(messages=messages, add_generation_prompt=False)
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, seed: list[int] | None) -> Stream:
+def _encode(texts: list[str], tokenizer: Tokenizer, seed: list[int] | None, *, at_lines: bool) -> Stream:
     end = np.array([tokenizer.token_to_id(END_OF_TEXT)], np.int32)
+    breaks = np.array([idx for token, idx in tokenizer.get_vocab().items() if token.startswith(_LINE_BREAK)], np.int32)
     encoded = [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch(texts)]
     if seed is not None:
         rng = np.random.default_rng(seed)
-        encoded = [_split_some(encoded[index], tokenizer, rng) for index in rng.permutation(len(encoded))]
-    parts = [part for ids in encoded for part in (ids, end)] or [end[:0]]
-    lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
-    return Stream(np.concatenate(parts), np.cumsum(lengths) - lengths)
+        encoded = [_split_some(encoded[index], tokenizer, breaks, rng) for index in rng.permutation(len(encoded))]
+    ids = np.concatenate([part for document in encoded for part in (document, end)] or [end[:0]])
+    before_starts = np.isin(ids, [*end, *breaks] if at_lines else end)[:-1]
+    return Stream(ids, np.flatnonzero(np.concatenate([np.ones(min(1, len(ids)), bool), before_starts])))
 
 
-def _split_some(ids: Ids, tokenizer: Tokenizer, rng: np.random.Generator) -> Ids:
+def _split_some(ids: Ids, tokenizer: Tokenizer, breaks: Ids, rng: np.random.Generator) -> Ids:
     """Replaces a few tokens such as " name" or "\\n    " by their first character and the rest.
 
-    A prompt often ends in a space ("def ") or in a line break, where running text would have merged it with what follows. Having seen
-    such splits, the model knows how to go on.
+    A prompt often ends in a space ("def ") or in a line break, where running text would have merged it with what
+    follows. Having seen such splits, above all before the second word of a line, the model knows how to go on.
     """
     heads, tails, rates = _splits(tokenizer)
-    chosen = rng.random(len(ids)) < rates[ids]
+    begins_line = np.concatenate([[True], np.isin(ids, breaks)])
+    is_second_word = np.concatenate([[False], begins_line[:-1]])[: len(ids)] & (rates[ids] == _SPLIT_WORD_RATE)
+    chosen = rng.random(len(ids)) < np.where(is_second_word, _SPLIT_SECOND_WORD_RATE, rates[ids])
     out = np.stack([np.where(chosen, heads[ids], ids), np.where(chosen, tails[ids], -1)], axis=1).reshape(-1)
     return out[out >= 0].astype(np.int32)
 
 
 def _splits(tokenizer: Tokenizer) -> tuple[Ids, Ids, NDArray[np.float64]]:
+    """Per token: its first character and the rest as tokens (-1 if it cannot be split), and how often to split it."""
     vocab = tokenizer.get_vocab()
-    space, line_break = "\u0120", "\u010a"  # how byte-level BPE writes them
     heads, tails = np.full(len(vocab), -1, np.int32), np.full(len(vocab), -1, np.int32)
     rates = np.zeros(len(vocab))
     for token, idx in vocab.items():
-        if len(token) > 1 and token[0] in (space, line_break) and token[1:] in vocab:
+        if len(token) > 1 and token[0] in (_SPACE, _LINE_BREAK) and token[1:] in vocab:
             heads[idx], tails[idx] = vocab[token[0]], vocab[token[1:]]
-            rates[idx] = _SPLIT_WORD_RATE if token[0] == space else _SPLIT_BREAK_RATE
+            rates[idx] = _SPLIT_WORD_RATE if token[0] == _SPACE else _SPLIT_BREAK_RATE
     return heads, tails, rates
 
 
@@ -115,9 +122,8 @@ class Sampler:
             int(np.random.default_rng([self.seed, stream_idx, length, epoch]).permutation(num_chunks)[position])
             * length
         )
-        if name == "chat":  # a chat always begins a context
-            start = int(stream.starts[min(int(np.searchsorted(stream.starts, start)), len(stream.starts) - 1)])
-            start = min(start, len(stream.ids) - length - 1)
+        start = int(stream.starts[min(int(np.searchsorted(stream.starts, start)), len(stream.starts) - 1)])
+        start = min(start, len(stream.ids) - length - 1)
         return stream.ids[start : start + length + 1]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quire.kernels.paged_attention.contract import PagedAttention, cache_shape
+from quire.kernels.paged_attention.contract import PagedAttention, WriteKV, cache_shape
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,16 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     return Problem(q, k, v, cache, tables, lens.sum(axis=1).astype(np.int32), lens[:, 1].copy(), histories)
 
 
+def places(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Block and offset of every new token, [R x W]; padding goes to the null block."""
+    position = (problem.seq_lens - problem.query_lens)[:, None] + np.arange(problem.q.shape[1])[None, :]
+    is_real = position < problem.seq_lens[:, None]
+    position = np.where(is_real, position, 0)
+    blocks = np.take_along_axis(problem.tables, position // case.block_size, axis=1)
+    blocks, offsets = np.where(is_real, blocks, 0), np.where(is_real, position % case.block_size, 0)
+    return blocks.reshape(-1).astype(np.int32), offsets.reshape(-1).astype(np.int32)
+
+
 def expected_output(case: Case, problem: Problem, row: int, scale: float) -> np.ndarray:
     """[new tokens, N, H] in float64 by the definition: one query, one head at a time."""
     old, new = case.rows[row]
@@ -111,8 +121,9 @@ def expected_output(case: Case, problem: Problem, row: int, scale: float) -> np.
 
 
 class PagedAttentionConformance:
-    """Subclass, and set `attention`."""
+    """Subclass, and set the two ops."""
 
+    write_kv: WriteKV
     attention: PagedAttention
 
     def run(self, case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
@@ -120,21 +131,25 @@ class PagedAttentionConformance:
         cache = jnp.asarray(problem.cache).astype(dtype)
         if case.cache_dtype == "uint16":
             cache = jax.lax.bitcast_convert_type(cache, jnp.uint16)
-        call = jax.jit(
-            lambda q, k, v, cache, *rest: type(self).attention(
+        blocks, offsets = places(case, problem)
+
+        def call(q, k, v, cache):
+            cache = type(self).write_kv(cache, k, v, jnp.asarray(blocks), jnp.asarray(offsets))
+            out = type(self).attention(
                 q,
-                k,
-                v,
                 cache,
-                *rest,
+                jnp.asarray(problem.tables),
+                jnp.asarray(problem.seq_lens),
+                jnp.asarray(problem.query_lens),
                 scale=case.head_dim**-0.5,
                 sliding_window=case.sliding_window,
                 soft_cap=case.soft_cap,
-            ),
-            donate_argnums=3,
-        )
-        new = (jnp.asarray(x).astype(dtype) for x in (problem.q, problem.k, problem.v))
-        out, cache = call(*new, cache, problem.tables, problem.seq_lens, problem.query_lens)
+            )
+            return out, cache
+
+        q, k, v = (jnp.asarray(x).astype(dtype) for x in (problem.q, problem.k, problem.v))
+        flat = (-1, *k.shape[2:])
+        out, cache = jax.jit(call, donate_argnums=3)(q, k.reshape(flat), v.reshape(flat), cache)
         if case.cache_dtype == "uint16":
             cache = jax.lax.bitcast_convert_type(cache, jnp.bfloat16)
         return np.asarray(out, np.float32), np.asarray(cache, np.float32)

@@ -4,26 +4,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quire.kernels.paged_attention.reference import paged_attention
+from quire.kernels.paged_attention.reference import paged_attention, write_kv
 from tests.kernels.paged_attention_suite import CASES, PagedAttentionConformance, make_problem
 
 
 class TestReference(PagedAttentionConformance):
+    write_kv = staticmethod(write_kv)
     attention = staticmethod(paged_attention)
 
 
-def _without_causality(q, k_new, v_new, kv_cache, block_tables, seq_lens, query_lens, **options):
-    out, cache = paged_attention(q, k_new, v_new, kv_cache, block_tables, seq_lens, query_lens, **options)
-    return out[:, ::-1], cache
+def _queries_reversed(q, *arguments, **options):
+    return paged_attention(q, *arguments, **options)[:, ::-1]
 
 
-def _off_by_one(q, k_new, v_new, kv_cache, block_tables, seq_lens, query_lens, **options):
-    return paged_attention(q, k_new, v_new, kv_cache, block_tables, seq_lens + 1, query_lens, **options)
+def _off_by_one(q, kv_cache, block_tables, seq_lens, query_lens, **options):
+    return paged_attention(q, kv_cache, block_tables, seq_lens + 1, query_lens, **options)
 
 
-@pytest.mark.parametrize("wrong", [_without_causality, _off_by_one])
+@pytest.mark.parametrize("wrong", [_queries_reversed, _off_by_one])
 def test_the_suite_catches_wrong_attention(wrong) -> None:
-    class Broken(PagedAttentionConformance):
+    class Broken(TestReference):
         attention = staticmethod(wrong)
 
     case = next(case for case in CASES if case.name == "prefill")
@@ -34,8 +34,8 @@ def test_the_suite_catches_wrong_attention(wrong) -> None:
 def test_a_window_given_as_an_array_equals_the_static_one() -> None:
     case = next(case for case in CASES if case.name == "window")
     problem = make_problem(case)
-    arrays = [jnp.asarray(x) for x in (problem.q, problem.k, problem.v, problem.cache)]
-    rest = [jnp.asarray(x) for x in (problem.tables, problem.seq_lens, problem.query_lens)]
-    static, _ = paged_attention(*arrays, *rest, scale=0.25, sliding_window=5)
-    traced, _ = paged_attention(*arrays, *rest, scale=0.25, sliding_window=jnp.int32(5))
+    names = ("q", "cache", "tables", "seq_lens", "query_lens")
+    arrays = [jnp.asarray(getattr(problem, name)) for name in names]
+    static = paged_attention(*arrays, scale=0.25, sliding_window=5)
+    traced = paged_attention(*arrays, scale=0.25, sliding_window=jnp.int32(5))
     np.testing.assert_array_equal(static, traced)

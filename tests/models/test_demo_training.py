@@ -42,9 +42,19 @@ def test_every_document_ends_in_the_end_of_text(tokenizer) -> None:
         Corpus({"library": [CODE, CODE], "tests": [CODE], "prose": [CODE]}, [exchange]), tokenizer, None
     )
     end = tokenizer.token_to_id("<|endoftext|>")
-    for stream in streams.values():
-        assert (np.flatnonzero(stream.ids == end) + 1).tolist() == [*stream.starts[1:], len(stream.ids)]
+    assert [int((stream.ids == end).sum()) for stream in streams.values()] == [2, 1, 1, 1]
+    assert all(stream.ids[-1] == end for stream in streams.values())
     assert tokenizer.token_to_id("<|end|>") in streams["chat"].ids
+
+
+def test_rows_of_code_may_begin_at_lines_and_rows_of_chat_only_at_chats(tokenizer) -> None:
+    exchanges = [Exchange("What is x?", "A name."), Exchange("What is y?", "Another\nname.")]
+    streams = encode_streams(
+        Corpus({"library": [CODE, CODE], "tests": [CODE], "prose": [CODE]}, exchanges), tokenizer, None
+    )
+    assert len(streams["chat"].starts) == 2
+    first_words = {tokenizer.decode([streams["library"].ids[start]]) for start in streams["library"].starts}
+    assert first_words == {"def", "return", ""}  # the last is the end of a document
 
 
 def test_an_epoch_shows_every_chunk_once() -> None:

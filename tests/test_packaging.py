@@ -1,0 +1,105 @@
+"""The wheel: complete, under one import name, and usable away from the checkout. Needs no network."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("engine", "backends", "kernels", "models", "server", "bench")
+NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+# Prints where each module came from; `quire` itself is a namespace and has no file.
+IMPORT_ALL = f"""
+import importlib, sys
+for package in {PACKAGES!r}:
+    importlib.import_module("quire." + package)
+from quire.server.cli import main
+assert callable(main)
+for name, module in sorted(sys.modules.items()):
+    if name.startswith("quire."):
+        print(module.__file__)
+"""
+
+
+def run(*arguments: str | Path, **options) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, stdin=subprocess.DEVNULL, **options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of a copy of the sources, so that neither side sees what the other leaves behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=NOT_SOURCE)
+    run("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, source)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def files(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+def expected(pattern: str) -> set[str]:
+    """Names that the files matching a pattern in any package have in the wheel."""
+    return {
+        f"quire/{path.relative_to(ROOT).as_posix()}"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob(pattern)
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_every_module_is_in_the_wheel(files):
+    assert sorted(expected("*.py") - files) == []
+
+
+def test_every_package_says_that_it_is_typed(files):
+    assert {f"quire/{package}/py.typed" for package in PACKAGES} <= files
+
+
+def test_the_demo_models_are_in_the_wheel_whole(files):
+    demo = {name for name in expected("*") if name.startswith("quire/models/demo/")}
+    assert {f"quire/models/demo/{name}/model.safetensors" for name in ("target", "draft")} <= demo
+    assert sorted(demo - files) == []
+
+
+def test_nothing_is_installed_beside_the_one_import_name(files):
+    tops = {name.split("/")[0] for name in files}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"quire"}
+    # A quire/__init__.py would keep other distributions, and an editable install, from sharing the name.
+    assert "quire/__init__.py" not in files
+
+
+def test_the_licence_and_the_command_are_in_the_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.split("/", 1)[1]: name for name in archive.namelist() if ".dist-info/" in name}
+        commands = ConfigParser()
+        commands.read_string(archive.read(names["entry_points.txt"]).decode())
+    assert "licenses/LICENSE" in names
+    assert dict(commands["console_scripts"]) == {"quire": "quire.server.cli:main"}
+
+
+def test_an_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    target = tmp_path / "installed"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    origins = run("-c", IMPORT_ALL, cwd=tmp_path, env=environment).split()
+    assert len(origins) >= len(PACKAGES)
+    assert [origin for origin in origins if not Path(origin).is_relative_to(target)] == []
