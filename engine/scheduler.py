@@ -312,9 +312,9 @@ class Scheduler:
             if request.num_in_flight or self.kv_cache.is_being_computed(request, prefix):
                 num_passed += 1  # ready in a step or two: those behind it may go first, this once
                 continue
+            reserved += self._headroom.growth(request)
             needed = self.kv_cache.num_blocks_to_admit(request, prefix)
             if self.running:  # alone, it has the whole cache to grow into
-                reserved += self._headroom.growth(request)
                 needed += reserved
             if needed > self.kv_cache.pool.num_free:
                 is_blocked = True

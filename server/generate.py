@@ -118,7 +118,10 @@ def _sampling_params(namespace: argparse.Namespace) -> SamplingParams:
     if unknown:
         raise InvalidRequestError(f"--params: unknown {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
     if isinstance(extra.get("logit_bias"), dict):
-        extra["logit_bias"] = {int(token_id): bias for token_id, bias in extra["logit_bias"].items()}
+        try:  # JSON has no numbers for keys
+            extra["logit_bias"] = {int(token_id): bias for token_id, bias in extra["logit_bias"].items()}
+        except ValueError as error:
+            raise InvalidRequestError(f"--params: the keys of logit_bias are token ids ({error})") from error
     wanted = {"max_tokens": 128, "temperature": 0.0, **extra, **given}
     return SamplingParams(**wanted, output_kind=RequestOutputKind.DELTA)
 

@@ -88,3 +88,9 @@ def check_idle(llm: LLM) -> None:
 def token_ids(outputs: Sequence[RequestOutput]) -> list[list[list[int]]]:
     """Per request, per choice."""
     return [[choice.token_ids for choice in output.outputs] for output in outputs]
+
+
+@functools.cache
+def demo_engine() -> LLM:
+    """The bundled model, in float32, with its tokenizer."""
+    return LLM("demo", backend=FewShapesBackend(), max_num_seqs=4, max_model_len=256, dtype="float32")

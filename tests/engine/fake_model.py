@@ -226,9 +226,9 @@ class FakeDevice:
         assert num_tokens <= self._max_num_batched_tokens, step
         assert limits.mixed_batches or not (step.decode and step.prefill), step
         assert step.num_decode_steps == 1 or not step.prefill, step
-        slots = [row.slot for row in (*step.decode, *step.prefill)]
-        assert len(set(slots)) == len(slots), step
-        assert all(row.num_tokens > 0 for row in (*step.decode, *step.prefill)), step
+        rows: list[DecodeRow | PrefillChunk] = [*step.decode, *step.prefill]
+        assert len({row.slot for row in rows}) == len(rows), step
+        assert all(row.num_tokens > 0 for row in rows), step
 
     def _logprobs(self, row: DecodeRow | PrefillChunk, token_ids: list[int]) -> list[TokenLogprobs] | None:
         if self._slots[row.slot].params.logprobs is None:

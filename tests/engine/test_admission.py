@@ -83,9 +83,7 @@ def test_the_windowed_policy_admits_nobody_before_the_oldest_has_waited_or_a_bat
 
 
 def test_a_windowed_group_leaves_the_place_of_an_aborted_member_to_nobody() -> None:
-    setup = Setup(
-        policy="windowed", window_seconds=0.1, max_num_seqs=2, max_prefill_tiles=1, max_num_batched_tokens=6
-    )
+    setup = Setup(policy="windowed", window_seconds=0.1, max_num_seqs=2, max_prefill_tiles=1, max_num_batched_tokens=6)
     simulation = Simulation(setup)
     simulation.add(make_request("first", range(9), arrival_time=0.0))
     simulation.add(make_request("second", range(3, 12), arrival_time=0.0))

@@ -291,12 +291,12 @@ def test_hysteresis_prevents_thrashing_where_memory_is_tight() -> None:
     preemptions = guarded.scheduler.counters.num_preemptions
     wasted = sum(guarded.device.num_computed.values()) - num_needed
     wasted_greedy = sum(greedy.device.num_computed.values()) - num_needed
-    assert len(guarded.finished) == len(greedy.finished) == 30
-    assert preemptions <= 30
-    assert wasted < num_needed / 4
+    assert len(guarded.finished) == len(greedy.finished) == 24
+    assert preemptions <= 24
+    assert wasted < 0.4 * num_needed
     assert preemptions * 3 < greedy.scheduler.counters.num_preemptions
     assert wasted * 2 < wasted_greedy
-    assert len(guarded.steps) < 1.2 * len(greedy.steps), "what is kept free costs more than it saves"
+    assert len(guarded.steps) < 1.3 * len(greedy.steps), "what is kept free costs more than it saves"
 
 
 # ---- the fake device objects
@@ -373,13 +373,13 @@ def test_the_fake_device_objects_to_a_wrong_cache(
 
 
 def test_a_step_of_a_thousand_requests_takes_milliseconds_and_grows_no_faster_than_their_number() -> None:
-    """Processor time, the best of several steps: on an idle core about 3 ms, with other work on the machine up to 8."""
+    """Processor time, the best of several steps: 4.5 to 5.5 ms measured on a core that four other processes shared."""
     best = {}
     for num_running in (100, 1000):
         scheduler = decoding_scheduler(num_running, 30)
         best[num_running] = min(sum(one_step(scheduler)) for _ in range(25))
-    assert best[1000] < 15_000
-    assert best[1000] < 30 * best[100]
+    assert best[1000] < 10_000
+    assert best[1000] < 20 * best[100]
 
 
 def test_waiting_requests_cost_a_step_next_to_nothing() -> None:

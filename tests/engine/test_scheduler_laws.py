@@ -99,7 +99,7 @@ def run(setup: Setup, traffic: Traffic) -> Simulation:
     return simulation
 
 
-@settings(max_examples=250)
+@settings(max_examples=300)
 @given(setups(), traffics())
 def test_every_request_gives_the_tokens_that_it_gives_alone_and_frees_every_block(
     setup: Setup, traffic: Traffic
