@@ -63,12 +63,16 @@ def add_command(commands: Any) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Runs the workload and prints the line."""
+    min_input_len, max_input_len = namespace.input_len
+    min_output_len, max_output_len = namespace.output_len
     workload = Workload(
-        namespace.num_requests,
-        *namespace.input_len,
-        *namespace.output_len,
-        namespace.temperature,
-        namespace.workload_seed,
+        num_requests=namespace.num_requests,
+        min_input_len=min_input_len,
+        max_input_len=max_input_len,
+        min_output_len=min_output_len,
+        max_output_len=max_output_len,
+        temperature=namespace.temperature,
+        seed=namespace.workload_seed,
     )
     llm = LLM(**engine_arguments(namespace))
     policies = BATCHING_POLICIES if namespace.compare_batching else (llm.config.scheduler.batching,)

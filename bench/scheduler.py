@@ -1,6 +1,6 @@
 """What scheduling costs the host: microseconds per `schedule` and per `update_from_output`, with no device.
 
-`python -m quire.bench.scheduler` prints one JSON line. Every request decodes, as in the steady state of a full batch; the
+`quire bench scheduler` prints one JSON line. Every request decodes, as in the steady state of a full batch; the
 fake result has a token for each row. Times are of the thread's processor time, so that whatever else runs on the machine
 does not count; "p10" and "p90" are the tenth and ninetieth percentile over the steps.
 """
@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from statistics import median, quantiles
+from typing import Any
 
 from quire.engine.admission import ContinuousBatching
 from quire.engine.kv_cache_manager import KVCacheManager
@@ -80,15 +81,16 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": round(median(values), 1), "p10": round(tenths[0], 1), "p90": round(tenths[-1], 1)}
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser("scheduler", help="what a step costs on the host, without a device")
     parser.add_argument("--num-running", type=int, nargs="+", default=[32, 256, 1000], help="decoding requests")
     parser.add_argument("--num-steps", type=int, default=200, help="steps measured for each (at least 2)")
-    arguments = parser.parse_args()
-    results = {str(count): measure(count, arguments.num_steps) for count in arguments.num_running}
-    print(json.dumps({"bench": "scheduler", "num_steps": arguments.num_steps, "num_running": results}))
+    parser.set_defaults(run=run)
 
 
-if __name__ == "__main__":
-    main()
+def run(namespace: argparse.Namespace) -> int:
+    """Measures and prints the line."""
+    results = {str(count): measure(count, namespace.num_steps) for count in namespace.num_running}
+    print(json.dumps({"benchmark": "scheduler", "num_steps": namespace.num_steps, "num_running": results}))
+    return 0

@@ -2,7 +2,8 @@
 
     continuous   whenever there is room (the default)
     windowed     requests gather for a while, then the group joins what is running
-    static       a batch is let in when the last one has finished as a whole; rows that end early stay in the batch
+    static       a batch is let in when the last one has finished as a whole; its prompts are padded to the longest and computed
+                 before any token is generated, and rows that end early stay in the batch
 
 The last two are the baselines that continuous batching is compared with. None of them imports jax or looks at blocks.
 """
@@ -21,6 +22,9 @@ BATCHING_POLICIES: tuple[str, ...] = get_args(BatchingPolicy)
 class AdmissionPolicy(Protocol):
     """Asked before each step how far the door is open, told afterwards how many came in."""
 
+    computes_prompts_first: bool
+    """Whether nothing is generated while a prompt is still to be computed."""
+
     def num_admissible(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> int:
         """How many may be admitted now, if there is room for them; `waiting` has at least one request.
 
@@ -36,9 +40,15 @@ class AdmissionPolicy(Protocol):
         """Decode rows to compute at least, finished ones included; 0 for no padding."""
         ...
 
+    def prompt_padding(self, request: Request) -> int:
+        """Tokens of padding that are computed with the request's prompt."""
+        ...
+
 
 class ContinuousBatching:
     """The door is always open."""
+
+    computes_prompts_first = False
 
     def num_admissible(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> int:
         return len(waiting)
@@ -49,9 +59,14 @@ class ContinuousBatching:
     def padded_decode_rows(self) -> int:
         return 0
 
+    def prompt_padding(self, request: Request) -> int:
+        return 0
+
 
 class WindowedBatching:
     """Requests gather until the first of them has waited `window_seconds` or a batch is full; then the group comes in."""
+
+    computes_prompts_first = False
 
     def __init__(self, window_seconds: float, max_num_seqs: int) -> None:
         self._window_seconds = window_seconds
@@ -76,6 +91,9 @@ class WindowedBatching:
     def padded_decode_rows(self) -> int:
         return 0
 
+    def prompt_padding(self, request: Request) -> int:
+        return 0
+
 
 class StaticBatching:
     """A batch forms of whatever waits when nothing runs, and nobody joins it later. It is computed at full size to the end.
@@ -84,15 +102,19 @@ class StaticBatching:
     next batch, with all behind it.
     """
 
+    computes_prompts_first = True
+
     def __init__(self, max_num_seqs: int) -> None:
         self._max_num_seqs = max_num_seqs
         self._num_to_admit = 0
         self._batch_size = 0
+        self._longest = 0
 
     def num_admissible(self, waiting: Sequence[Request], running: Sequence[Request], now: float) -> int:
         if not running:
             self._num_to_admit = min(len(waiting), self._max_num_seqs)
             self._batch_size = 0
+            self._longest = max(len(request.token_ids) for request in waiting[: self._num_to_admit])
         return self._num_to_admit
 
     def admitted(self, count: int, is_blocked: bool) -> None:
@@ -101,6 +123,9 @@ class StaticBatching:
 
     def padded_decode_rows(self) -> int:
         return self._batch_size
+
+    def prompt_padding(self, request: Request) -> int:
+        return max(self._longest - len(request.token_ids), 0)
 
 
 def make_admission_policy(name: BatchingPolicy, *, window_seconds: float, max_num_seqs: int) -> AdmissionPolicy:

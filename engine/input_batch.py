@@ -141,7 +141,8 @@ class InputBatch:
         prompt_logprobs = any(self._prompt_targets(chunk) for chunk in step.prefill)
         return StepShape(
             decode_rows=max(len(step.decode), step.padded_decode_rows),
-            prefill_tiles=sum(self._limits.num_tiles(chunk.num_tokens) for chunk in step.prefill),
+            prefill_tiles=sum(self._limits.num_tiles(chunk.num_tokens) for chunk in step.prefill)
+            + step.num_padding_tiles,
             tile_size=self._limits.tile_size,
             context_blocks=-(-longest // self._block_size),
             num_decode_steps=step.num_decode_steps,

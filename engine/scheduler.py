@@ -43,6 +43,7 @@ class _Plan:
     prefill: list[PrefillChunk] = field(default_factory=list)
     chunked: list[Request] = field(default_factory=list)
     has_preempted: bool = False
+    num_padding_tiles: int = 0
 
 
 @dataclass
@@ -156,12 +157,13 @@ class Scheduler:
         """The next step, or None when there is nothing that can be computed before another result is in."""
         plan = self._new_plan()
         prefill_first = not self.limits.mixed_batches and not self._last_was_prefill and self._wants_prefill(plan)
-        if not prefill_first:
+        held = self._admission.computes_prompts_first and self._wants_prefill(plan)
+        if not prefill_first and not held:
             self._schedule_decodes(plan)
         if self.limits.mixed_batches or not plan.decode:
             self._schedule_chunks(plan)
             self._admit(plan)
-        if not (plan.decode or plan.prefill) and prefill_first:
+        if not (plan.decode or plan.prefill) and (prefill_first or held):
             self._schedule_decodes(plan)
         if not (plan.decode or plan.prefill):
             return None
@@ -177,6 +179,7 @@ class Scheduler:
             prefill=plan.prefill,
             num_decode_steps=plan.num_decode_steps,
             padded_decode_rows=self._admission.padded_decode_rows() if plan.decode else 0,
+            num_padding_tiles=plan.num_padding_tiles,
         )
 
     def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
@@ -291,6 +294,10 @@ class Scheduler:
             request.num_in_flight += 1
         plan.tokens_left -= count
         plan.tiles_left -= self.limits.num_tiles(count)
+        if samples:
+            padding = min(self.limits.num_tiles(self._admission.prompt_padding(request)), plan.tiles_left)
+            plan.num_padding_tiles += padding
+            plan.tiles_left -= padding
         plan.prefill.append(PrefillChunk(request.request_id, request.order[1], request.slot, start, count, samples))
         plan.chunked.append(request)
 

@@ -78,8 +78,8 @@ class SchedulerOutput:
     """One step: which tokens of which requests, after which changes to slots and block tables.
 
     `num_decode_steps` tokens are sampled for every decode row within the dispatch (fewer where its `num_tokens` says so).
-    `padded_decode_rows` is the least number of decode rows to compute, for the static policy, whose finished rows
-    stay in the batch.
+    `padded_decode_rows` is the least number of decode rows to compute, and `num_padding_tiles` how many tiles beside those of
+    `prefill`: what a static batch computes in vain.
     """
 
     step_idx: int
@@ -89,6 +89,7 @@ class SchedulerOutput:
     prefill: list[PrefillChunk]
     num_decode_steps: int = 1
     padded_decode_rows: int = 0
+    num_padding_tiles: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -119,9 +120,11 @@ class ModelRunnerOutput:
     prompt_logprobs: dict[str, list[TokenLogprobs]]
 
 
-@dataclass(frozen=True)
-class EngineCoreOutput:
-    """What a step brought one request. `stop_reason` is the stop token id, None for the model's own end of sequence."""
+class EngineCoreOutput(NamedTuple):
+    """What a step brought one request; a tuple, since one is made per row and step.
+
+    `stop_reason` is the stop token id, None for the model's own end of sequence.
+    """
 
     request_id: str
     new_token_ids: list[int]

@@ -247,6 +247,6 @@ def abstract_params(config: ModelConfig, dtype: Any, *, stacked: bool) -> Params
 
     def make(spec: ParamSpec, layer: int | None) -> jax.ShapeDtypeStruct:
         shape = spec.shape if layer is None else spec.layer_shape
-        return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     return build_params(config, make, stacked=stacked)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from quire.bench import offline
+from quire.bench import offline, scheduler
 
 
 def add_command(commands: Any) -> None:
     """Adds the command, with one sub-command per benchmark."""
     parser = commands.add_parser("bench", help="measure; each benchmark prints one JSON line")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for module in (offline,):
+    for module in (offline, scheduler):
         module.add_command(benchmarks)

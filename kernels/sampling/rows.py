@@ -66,5 +66,7 @@ class Logprobs:
 
 @flax.struct.dataclass
 class SampleOutput:
+    """What a step sampled, and the log-probabilities where they were asked for."""
+
     token_ids: jax.Array  # [R] int32
     logprobs: Logprobs | None = None
