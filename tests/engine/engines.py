@@ -91,6 +91,14 @@ def token_ids(outputs: Sequence[RequestOutput]) -> list[list[list[int]]]:
 
 
 @functools.cache
+def windowed_engine(**settings: object) -> LLM:
+    """A tiny model whose every layer sees the last 20 tokens."""
+    folder = tiny_folder(architectures=("MistralForCausalLM",), model_type="mistral", sliding_window=20)
+    defaults = {"max_num_seqs": 4, "max_model_len": 160, "dtype": "float32", "seed": 5, "block_size": 8}
+    return LLM(str(folder), backend=FewShapesBackend(), load_format="dummy", **{**defaults, **settings})
+
+
+@functools.cache
 def demo_engine() -> LLM:
     """The bundled model, in float32, with its tokenizer."""
     return LLM("demo", backend=FewShapesBackend(), max_num_seqs=4, max_model_len=256, dtype="float32")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quire.engine import RequestOutput, SamplingParams
-from tests.engine.engines import check_idle, generate, tiny_engine, token_ids
+from tests.engine.engines import check_idle, generate, tiny_engine, token_ids, windowed_engine
 
 RNG = np.random.default_rng(11)
 
@@ -156,3 +156,21 @@ def test_lengths_are_clipped_to_max_model_len() -> None:
     assert output.finish_reason == "length"
     unlimited = SamplingParams(temperature=0.0, max_tokens=None, detokenize=False, ignore_eos=True)
     assert generate(llm, [prompt], [unlimited])[0].outputs[0].token_ids == output.token_ids
+
+
+def test_blocks_before_the_window_are_freed_and_change_nothing() -> None:
+    llm = windowed_engine()
+    assert llm.core.config.sliding_window == 20
+    cold = windowed_engine(enable_prefix_caching=False)
+    expected = [generate(cold, [p], [q])[0] for p, q in zip(PROMPTS, PARAMS, strict=True)]
+    assert_same(generate(llm, PROMPTS, PARAMS), expected)
+    warm = generate(llm, PROMPTS, PARAMS)
+    assert_same(warm, expected)
+    assert sum(output.num_cached_tokens for output in warm) > 0
+    held = []
+    params = SamplingParams(temperature=0.0, max_tokens=100, detokenize=False, ignore_eos=True)
+    for _ in llm.stream([PROMPTS[3]], params):
+        held.append(llm.core.scheduler.kv_cache.pool.num_used)
+    check_idle(llm)
+    # The window, the block it begins in, and the block that is being filled.
+    assert max(held[10:]) <= 20 // 8 + 2

@@ -1,0 +1,50 @@
+"""What the machine says of itself is read right, also in a container and on other systems."""
+
+from pathlib import Path
+
+import pytest
+
+from quire.backends.environment import available_memory, cache_folder, cgroup_memory_limit, cpu_flags
+
+MEMINFO = "MemTotal:       24683120 kB\nMemFree:         1000 kB\nMemAvailable:   8388608 kB\n"
+
+
+def test_the_control_groups_limit_is_read_in_both_versions(tmp_path: Path) -> None:
+    assert cgroup_memory_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cgroup_memory_limit(tmp_path) is None
+    (tmp_path / "memory.max").write_text("2147483648\n")
+    assert cgroup_memory_limit(tmp_path) == 2**31
+    old = tmp_path / "v1"
+    (old / "memory").mkdir(parents=True)
+    (old / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert cgroup_memory_limit(old) is None
+    (old / "memory" / "memory.limit_in_bytes").write_text("1048576")
+    assert cgroup_memory_limit(old) == 2**20
+
+
+def test_available_memory_is_the_kernels_estimate_under_the_limit(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(MEMINFO)
+    limit = cgroup_memory_limit()
+    assert available_memory(meminfo) == min(8 * 2**30, limit or 8 * 2**30)
+    assert available_memory(tmp_path / "none") > 0
+
+
+def test_processor_flags_are_read_on_x86_and_arm(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n")
+    assert cpu_flags(cpuinfo) == {"fpu", "avx2", "avx512_bf16"}
+    cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
+    assert "asimd" in cpu_flags(cpuinfo)
+    assert cpu_flags(tmp_path / "none") == frozenset()
+
+
+def test_the_cache_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QUIRE_CACHE", str(tmp_path / "a"))
+    assert cache_folder() == tmp_path / "a"
+    monkeypatch.delenv("QUIRE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_folder() == tmp_path / "b" / "quire"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "quire"

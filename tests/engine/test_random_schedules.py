@@ -1,0 +1,78 @@
+"""Random traffic on the real step: arrivals and aborts at any time leave every other request's tokens as they are alone."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.engine import LLM, SamplingParams
+from quire.engine.request import EngineCoreRequest
+from tests.engine.engines import check_idle, generate, tiny_engine
+
+RNG = np.random.default_rng(23)
+SHARED = RNG.integers(3, 101, 40).tolist()
+NUM_KINDS = 10
+PROMPTS = [(SHARED if idx % 3 == 0 else []) + RNG.integers(3, 101, 1 + 9 * idx).tolist() for idx in range(NUM_KINDS)]
+KINDS = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.2}]
+PARAMS = [
+    SamplingParams(max_tokens=3 + 5 * (idx % 4), seed=idx, ignore_eos=True, detokenize=False, **KINDS[idx % 3])
+    for idx in range(NUM_KINDS)
+]
+ENGINES = {
+    "roomy": {},
+    "tight": {"num_kv_blocks": 14},
+    "tight and synchronous": {"num_kv_blocks": 14, "async_scheduling": False},
+    "tight and several steps": {"num_kv_blocks": 14, "decode_steps_per_dispatch": 3},
+}
+_IDS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[int]]:
+    llm = tiny_engine(enable_prefix_caching=False)
+    return [generate(llm, [p], [q])[0].outputs[0].token_ids for p, q in zip(PROMPTS, PARAMS, strict=True)]
+
+
+def _run(llm: LLM, arrivals: list[tuple[int, int]], aborts: dict[int, int]) -> dict[int, list[int]]:
+    """Tokens by arrival; `arrivals` are (step, kind), `aborts` map an arrival to the step at which it is ended."""
+    core = llm.core
+    names = [f"random-{next(_IDS)}" for _ in arrivals]
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    step = 0
+    while step <= max(when for when, _ in arrivals) or core.has_work:
+        for name, (when, kind) in zip(names, arrivals, strict=True):
+            if when == step:
+                core.add_request(EngineCoreRequest(name, tuple(PROMPTS[kind]), PARAMS[kind], time.monotonic()))
+        for arrival, when in aborts.items():
+            if when == step:
+                core.abort_request(names[arrival])
+        for output in core.step():
+            tokens[output.request_id].extend(output.new_token_ids)
+        core.scheduler.check()
+        step += 1
+        assert step < 2000, "the engine does not come to an end"
+    return dict(enumerate(tokens.values()))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@settings(max_examples=12)
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 30), st.integers(0, NUM_KINDS - 1)), min_size=1, max_size=14),
+    aborts=st.dictionaries(st.integers(0, 13), st.integers(0, 45), max_size=4),
+)
+def test_tokens_do_not_depend_on_who_else_comes_and_goes(
+    name: str, arrivals: list[tuple[int, int]], aborts: dict[int, int], alone: list[list[int]]
+) -> None:
+    llm = tiny_engine(**ENGINES[name])
+    aborts = {arrival: when for arrival, when in aborts.items() if arrival < len(arrivals)}
+    found = _run(llm, arrivals, aborts)
+    check_idle(llm)
+    for arrival, (_, kind) in enumerate(arrivals):
+        expected = alone[kind]
+        if arrival in aborts:
+            assert found[arrival] == expected[: len(found[arrival])]
+        else:
+            assert found[arrival] == expected
