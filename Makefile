@@ -53,7 +53,7 @@ $(OLDEST_READY): pyproject.toml
 	@touch $@
 
 demo: $(RUN_READY)
-	$(BIN)/quire generate --max-tokens 64 "def fibonacci(n):"
+	$(BIN)/quire generate --max-tokens 64 --prompt "def fibonacci(n):"
 
 test: check
 	$(BIN)/pytest -n 2 -m "not slow"

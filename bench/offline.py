@@ -11,7 +11,9 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,7 @@ def add_command(commands: Any) -> None:
         "--repeats", type=int, default=1, help="runs of the whole workload; figures are medians over them"
     )
     parser.add_argument("--compare-batching", action="store_true", help="run every batching policy, interleaved")
+    parser.add_argument("--profile", type=Path, help="a folder for a profile of all runs, for the device's viewer")
     add_engine_flags(parser)
     parser.set_defaults(run=run)
 
@@ -78,10 +81,11 @@ def run(namespace: argparse.Namespace) -> int:
     policies = BATCHING_POLICIES if namespace.compare_batching else (llm.config.scheduler.batching,)
     _run_once(llm.core, workload, policies[0], limit=min(workload.num_requests, 4), title="warm")
     runs: dict[str, list[dict[str, float]]] = {policy: [] for policy in policies}
-    for repeat in range(namespace.repeats):
-        for policy in policies:
-            title = f"{policy} {repeat + 1}/{namespace.repeats}"
-            runs[policy].append(_run_once(llm.core, workload, policy, title=title))
+    with llm.core.profile(namespace.profile) if namespace.profile else nullcontext():
+        for repeat in range(namespace.repeats):
+            for policy in policies:
+                title = f"{policy} {repeat + 1}/{namespace.repeats}"
+                runs[policy].append(_run_once(llm.core, workload, policy, title=title))
     results = {policy: _medians(found) for policy, found in runs.items()}
     report: dict[str, Any] = {
         "benchmark": "offline",

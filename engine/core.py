@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class EngineCore:
         """
         begin = time.perf_counter()
         backend = backend or select_backend(config.device.device)
+        self._backend = backend
         backend.make_mesh(config.device.tensor_parallel_size)
         if config.device.compilation_cache:
             _enable_compilation_cache()
@@ -123,6 +125,10 @@ class EngineCore:
             self.runner.wait(dispatched)
         with self.seconds.measure("update"):
             return self.scheduler.update_from_output(dispatched.step, self.runner.read(dispatched))
+
+    def profile(self, folder: Path) -> AbstractContextManager[object]:
+        """Records what the device does inside the context, into `folder`, for the backend's profile viewer."""
+        return self._backend.profile(folder)
 
     def stats(self) -> EngineStats:
         """A reading of every gauge and counter."""

@@ -31,9 +31,19 @@ def add_command(commands: Any) -> None:
         help="complete prompts",
         description="Complete prompts. Text is shown as it comes for a single prompt, in order for several.",
     )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; - or none reads standard input as one")
     parser.add_argument(
-        "-m", "--model", default="demo", help="Hugging Face id, folder, demo or demo-draft (default: demo)"
+        "model",
+        nargs="?",
+        default="demo",
+        metavar="MODEL",
+        help="Hugging Face id, folder, demo or demo-draft (default: demo)",
+    )
+    parser.add_argument(
+        "-p",
+        "--prompt",
+        action="append",
+        dest="prompts",
+        help="a prompt; may be given several times (default: standard input)",
     )
     parser.add_argument(
         "-f", "--file", type=Path, help="a file with a prompt a line, or a JSON object a line ({'prompt': ...})"
@@ -74,7 +84,11 @@ def run(namespace: argparse.Namespace) -> int:
 
 def _read_prompts(namespace: argparse.Namespace) -> list[Any]:
     if namespace.file is not None and namespace.prompts:
-        raise InvalidRequestError("give prompts on the command line or in a file, not both")
+        raise InvalidRequestError("give prompts with --prompt or in a file, not both")
+    if any(character.isspace() for character in namespace.model):
+        raise InvalidRequestError(
+            f"{namespace.model!r} is no model; for a prompt: quire generate --prompt {namespace.model!r}"
+        )
     if namespace.file is not None:
         try:
             lines = namespace.file.read_text().splitlines()
@@ -84,12 +98,14 @@ def _read_prompts(namespace: argparse.Namespace) -> list[Any]:
         if not prompts:
             raise InvalidRequestError(f"{namespace.file} holds no prompt; write one a line")
         return prompts
-    if namespace.prompts in ([], ["-"]):
-        text = sys.stdin.read()
-        if not text:
-            raise InvalidRequestError("standard input is empty; give a prompt: quire generate 'def fibonacci(n):'")
-        return [text]
-    return list(namespace.prompts)
+    if namespace.prompts:
+        return list(namespace.prompts)
+    if sys.stdin.isatty():
+        print("reading the prompt from standard input; end it with Ctrl-D", file=sys.stderr)
+    text = sys.stdin.read()
+    if not text:
+        raise InvalidRequestError("standard input is empty; give a prompt: quire generate --prompt 'def fibonacci(n):'")
+    return [text]
 
 
 def _prompt_of_line(line: str) -> Any:

@@ -16,7 +16,7 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 
 def test_generate_completes_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = _run(capsys, "generate", "--max-tokens", "8", "def fibonacci(n):")
+    status, out, _ = _run(capsys, "generate", "--max-tokens", "8", "--prompt", "def fibonacci(n):")
     assert status == 0
     assert out.startswith("def fibonacci(n):")
     assert len(out.strip()) > len("def fibonacci(n):")
@@ -36,23 +36,25 @@ def test_json_has_an_object_a_line(capsys: pytest.CaptureFixture[str], tmp_path)
 
 def test_standard_input_is_one_prompt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("import os\nimport"))
-    _, out, _ = _run(capsys, "generate", "--max-tokens", "4", "-")
+    _, out, _ = _run(capsys, "generate", "--max-tokens", "4")
     assert out.startswith("import os\nimport")
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--temperature", "-1", "x"], "temperature must be"),
-        (["--params", "[1]", "x"], "no JSON object"),
-        (["--params", '{"foo": 1}', "x"], "unknown foo"),
-        (["--params", '{"logit_bias": {"a": 1}}', "x"], "logit_bias"),
+        (["--temperature", "-1", "-p", "x"], "temperature must be"),
+        (["--params", "[1]", "-p", "x"], "no JSON object"),
+        (["--params", '{"foo": 1}', "-p", "x"], "unknown foo"),
+        (["--params", '{"logit_bias": {"a": 1}}', "-p", "x"], "logit_bias"),
         (["--file", "/nonexistent/file"], "cannot be read"),
-        (["--device", "tpu", "x"], "cannot be used"),
-        (["--model", "/nonexistent/folder", "x"], "/nonexistent/folder"),
-        (["--max-model-len", "99999", "x"], "lower it to"),
-        (["--kernels", "paged_attention=magic", "x"], "no implementation 'magic'"),
-        (["--tensor-parallel-size", "2", "x"], "leave it at 1"),
+        (["def fibonacci(n):"], "quire generate --prompt 'def fibonacci(n):'"),
+        (["--file", "a", "-p", "x"], "not both"),
+        (["--device", "tpu", "-p", "x"], "cannot be used"),
+        (["/nonexistent/folder", "-p", "x"], "/nonexistent/folder"),
+        (["--max-model-len", "99999", "-p", "x"], "lower it to"),
+        (["--kernels", "paged_attention=magic", "-p", "x"], "no implementation 'magic'"),
+        (["--tensor-parallel-size", "2", "-p", "x"], "leave it at 1"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
