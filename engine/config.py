@@ -7,6 +7,7 @@ stands for "decide for me": `resolve` fills it in from the model and the device,
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -149,8 +150,9 @@ def _check_value(option: dataclasses.Field[Any], value: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InvalidConfigError(f"{option.name} must be a whole number of at least {least}, not {value!r}")
     elif annotation.startswith("float"):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise InvalidConfigError(f"{option.name} must be a number of at least 0, not {value!r}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value < 0:
+            raise InvalidConfigError(f"{option.name} must be a finite number of at least 0, not {value!r}")
     elif not isinstance(value, str):
         raise InvalidConfigError(f"{option.name} must be a string, not {value!r}")
 

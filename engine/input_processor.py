@@ -11,7 +11,7 @@ import numpy as np
 
 from quire.engine.device_state import sampling_mode
 from quire.engine.request import EngineCoreRequest
-from quire.engine.sampling_params import MAX_BAD_WORDS, SamplingParams, bad_words_token_ids
+from quire.engine.sampling_params import MAX_BAD_WORDS, MAX_INT32, SamplingParams, bad_words_token_ids, is_unicode
 from quire.engine.tokenizer import Tokenizer
 from quire.kernels.errors import InvalidRequestError
 from quire.kernels.sampling.rows import SamplingMode
@@ -68,7 +68,10 @@ class InputProcessor:
         """Checks everything about one request. Raises InvalidRequestError naming the parameter; nothing is queued yet."""
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
-        params.verify_against(self._vocab_size)
+        token_ids = tuple(map(int, token_ids))  # NumPy's integers are taken, and kept as Python's own
+        params.verify_against(self._vocab_size, self._eos_token_ids)
+        _check_priority(priority)
+        _check_cache_salt(cache_salt)
         needed = SamplingMode.FULL if params.prompt_logprobs is not None else sampling_mode(params)
         if needed > self._most_sampling:
             raise InvalidRequestError(
@@ -110,7 +113,9 @@ class InputProcessor:
                 )
             given = next(iter(prompt.values()))
             if ("prompt" in keys) != isinstance(given, str):
-                raise InvalidRequestError(f"{keys.pop()!r} holds {type(given).__name__}", parameter="prompt")
+                key = keys.pop()
+                wanted = "a string" if key == "prompt" else "a list of token ids"
+                raise InvalidRequestError(f"{key!r} holds {wanted}, not {type(given).__name__}", parameter="prompt")
         if isinstance(given, str):
             if self._tokenizer is None:
                 raise InvalidRequestError("there is no tokenizer; give prompt_token_ids", parameter="prompt")
@@ -145,4 +150,26 @@ class InputProcessor:
             raise InvalidRequestError("bad_words needs a tokenizer, and there is none", parameter="bad_words")
         sequences = bad_words_token_ids(params, self._tokenizer)
         assert len(sequences) <= MAX_BAD_WORDS
+        banned = {sequence[0] for sequence in sequences if len(sequence) == 1}
+        if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
+            raise InvalidRequestError(
+                f"bad_words {list(params.bad_words)} bans every token of allowed_token_ids "
+                f"{list(params.allowed_token_ids)}; allow another token, or give fewer words",
+                parameter="bad_words",
+            )
         return sequences
+
+
+def _check_priority(priority: object) -> None:
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_INT32:
+        raise InvalidRequestError(
+            f"priority is a whole number from -{MAX_INT32} to {MAX_INT32}, not {priority!r}", parameter="priority"
+        )
+
+
+def _check_cache_salt(cache_salt: object) -> None:
+    if cache_salt is not None and not (isinstance(cache_salt, str) and is_unicode(cache_salt)):
+        raise InvalidRequestError(
+            f"cache_salt is a string of Unicode text (no lone surrogates), or None, not {cache_salt!r}",
+            parameter="cache_salt",
+        )

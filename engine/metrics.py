@@ -42,6 +42,7 @@ class EngineStats:
     num_steps: int
     num_finished: int
     num_preemptions: int
+    num_prompt_tokens: int
     num_generation_tokens: int
     num_prefix_queries: int
     num_prefix_hits: int
@@ -67,6 +68,7 @@ class EngineStats:
             num_steps=scheduler.counters.num_steps,
             num_finished=scheduler.counters.num_finished,
             num_preemptions=scheduler.counters.num_preemptions,
+            num_prompt_tokens=scheduler.counters.num_prompt_tokens,
             num_generation_tokens=scheduler.counters.num_generation_tokens,
             num_prefix_queries=scheduler.kv_cache.num_prefix_queries,
             num_prefix_hits=scheduler.kv_cache.num_prefix_hits,

@@ -12,6 +12,7 @@ from quire.engine.outputs import CompletionOutput, FinishReason, Logprob, Reques
 from quire.engine.sampling_params import RequestOutputKind
 from quire.engine.step_data import EngineCoreOutput, TokenLogprobs
 from quire.engine.tokenizer import Tokenizer
+from quire.kernels.errors import InvalidRequestError
 
 
 @dataclass
@@ -24,17 +25,27 @@ class _Choice:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_emitted_tokens: int = 0
+    num_emitted_chars: int = 0
+    is_end_emitted: bool = False
+
+    @property
+    def has_news(self) -> bool:
+        """Whether it has tokens, or an end, that no output has had yet."""
+        is_ended = self.finish_reason is not None
+        return len(self.token_ids) > self.num_emitted_tokens or is_ended != self.is_end_emitted
 
 
 @dataclass
 class _State:
     request: ProcessedRequest
+    prompt_token_ids: list[int]
     choices: list[_Choice]
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
+    are_prompt_logprobs_emitted: bool = False
 
     @property
     def is_finished(self) -> bool:
@@ -50,7 +61,10 @@ class OutputProcessor:
         self._choice_of: dict[str, tuple[_State, _Choice]] = {}
 
     def add(self, request: ProcessedRequest) -> None:
-        """A request was handed to the engine core; its outputs will come."""
+        """A request is about to be handed to the engine core. Raises InvalidRequestError where its id is in use."""
+        core_ids = {core_request.request_id for core_request in request.choices}
+        if request.request_id in self._states or not core_ids.isdisjoint(self._choice_of):
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use; give each request its own")
         params = request.params
         choices = [
             _Choice(
@@ -61,7 +75,8 @@ class OutputProcessor:
             )
             for idx in range(params.n)
         ]
-        state = _State(request, choices, None if params.prompt_logprobs is None else [None])
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None if params.prompt_logprobs is None else [None]
+        state = _State(request, list(request.prompt_token_ids), choices, prompt_logprobs)
         self._states[request.request_id] = state
         for core_request, choice in zip(request.choices, choices, strict=True):
             self._choice_of[core_request.request_id] = (state, choice)
@@ -70,6 +85,7 @@ class OutputProcessor:
         """Takes a step's outputs in.
 
         Returns what callers get, and the core's ids of requests that a stop string ended, which the core must abort.
+        Log-probabilities of a part of the prompt make no output of their own; they come with the first token.
         """
         touched: dict[str, _State] = {}
         to_abort: list[str] = []
@@ -83,7 +99,8 @@ class OutputProcessor:
                 del self._choice_of[output.request_id]
                 if output.finish_reason is None:
                     to_abort.append(output.request_id)
-            touched[state.request.request_id] = state
+            if choice.has_news:
+                touched[state.request.request_id] = state
         return [made for state in touched.values() if (made := self._emit(state)) is not None], to_abort
 
     def abort(self, request_id: str) -> tuple[RequestOutput | None, list[str]]:
@@ -112,11 +129,12 @@ class OutputProcessor:
         return IncrementalDetokenizer(self._tokenizer, request.params, request.prompt_token_ids)
 
     def _take(self, state: _State, choice: _Choice, output: EngineCoreOutput) -> None:
-        state.num_cached_tokens = max(state.num_cached_tokens, output.num_cached_tokens)
+        if choice.index == 0:  # the others find in the cache what the first one computed
+            state.num_cached_tokens = output.num_cached_tokens
         state.num_preemptions = max(state.num_preemptions, output.num_preemptions)
         state.first_scheduled_time = state.first_scheduled_time or output.first_scheduled_time
         if output.prompt_logprobs and state.prompt_logprobs is not None and choice.index == 0:
-            self._take_prompt_logprobs(state, output.prompt_logprobs)
+            self._take_prompt_logprobs(state, state.prompt_logprobs, output.prompt_logprobs)
         token_ids = output.new_token_ids
         if token_ids and state.first_token_time is None:
             state.first_token_time = time.monotonic()
@@ -128,8 +146,9 @@ class OutputProcessor:
         choice.token_ids.extend(token_ids)
         if choice.logprobs is not None and output.logprobs is not None:
             entries = output.logprobs[: len(token_ids)]
+            detokenize = state.request.params.detokenize
             choice.logprobs.extend(
-                self._logprobs(entry, token_id) for entry, token_id in zip(entries, token_ids, strict=True)
+                self._logprobs(entry, token_id, detokenize) for entry, token_id in zip(entries, token_ids, strict=True)
             )
             assert choice.cumulative_logprob is not None
             choice.cumulative_logprob += sum(entry.logprob for entry in entries)
@@ -150,24 +169,27 @@ class OutputProcessor:
             return token_ids[:num_taken]
         return token_ids
 
-    def _take_prompt_logprobs(self, state: _State, entries: Sequence[TokenLogprobs]) -> None:
-        assert state.prompt_logprobs is not None
-        begin = len(state.prompt_logprobs)
-        token_ids = state.request.prompt_token_ids[begin : begin + len(entries)]
-        state.prompt_logprobs.extend(
-            self._logprobs(entry, token_id) for entry, token_id in zip(entries, token_ids, strict=True)
+    def _take_prompt_logprobs(
+        self, state: _State, found: list[dict[int, Logprob] | None], entries: Sequence[TokenLogprobs]
+    ) -> None:
+        token_ids = state.prompt_token_ids[len(found) : len(found) + len(entries)]
+        detokenize = state.request.params.detokenize
+        found.extend(
+            self._logprobs(entry, token_id, detokenize) for entry, token_id in zip(entries, token_ids, strict=True)
         )
 
-    def _logprobs(self, entry: TokenLogprobs, token_id: int) -> dict[int, Logprob]:
+    def _logprobs(self, entry: TokenLogprobs, token_id: int, detokenize: bool) -> dict[int, Logprob]:
         """The token's own entry first, then the most likely ones in order."""
-        found = {token_id: Logprob(entry.logprob, entry.rank, self._token_text(token_id))}
+        tokenizer = self._tokenizer if detokenize else None
+
+        def text(token_id: int) -> str | None:
+            return None if tokenizer is None else tokenizer.token_text(token_id)
+
+        found = {token_id: Logprob(entry.logprob, entry.rank, text(token_id))}
         for rank, (top_id, logprob) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
             if top_id != token_id:
-                found[top_id] = Logprob(logprob, rank, self._token_text(top_id))
+                found[top_id] = Logprob(logprob, rank, text(top_id))
         return found
-
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
     def _emit(self, state: _State) -> RequestOutput | None:
         """The request's next output, or None while its kind asks for nothing yet."""
@@ -177,12 +199,19 @@ class OutputProcessor:
         if request.params.output_kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         is_delta = request.params.output_kind is RequestOutputKind.DELTA
+        prompt_logprobs = state.prompt_logprobs
+        # Another choice may be faster than the one that computes the prompt, by what it finds in the cache.
+        is_whole = prompt_logprobs is None or len(prompt_logprobs) == len(state.prompt_token_ids)
+        if not (is_whole or finished) or (is_delta and state.are_prompt_logprobs_emitted):
+            prompt_logprobs = None
+        state.are_prompt_logprobs_emitted |= prompt_logprobs is not None
+        choices = [choice for choice in state.choices if choice.has_news] if is_delta else state.choices
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            prompt_logprobs=state.prompt_logprobs,
-            outputs=[_completion(choice, is_delta) for choice in state.choices],
+            prompt_token_ids=state.prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
+            outputs=[_completion(choice, is_delta) for choice in choices],
             finished=finished,
             num_cached_tokens=state.num_cached_tokens,
             metrics=RequestMetrics(
@@ -198,10 +227,13 @@ class OutputProcessor:
 def _completion(choice: _Choice, is_delta: bool) -> CompletionOutput:
     begin = choice.num_emitted_tokens if is_delta else 0
     choice.num_emitted_tokens = len(choice.token_ids)
+    choice.is_end_emitted = choice.finish_reason is not None
     text = ""
     if choice.detokenizer is not None:
-        delta = choice.detokenizer.delta()
-        text = delta if is_delta else choice.detokenizer.text
+        text = choice.detokenizer.delta()
+        choice.num_emitted_chars += len(text)
+        if not is_delta:  # without the end that is held back: what was shown once is never taken back
+            text = choice.detokenizer.text[: choice.num_emitted_chars]
     return CompletionOutput(
         index=choice.index,
         text=text,

@@ -38,7 +38,7 @@ class RequestOutputKind(Enum):
     """What each `RequestOutput` of a request in progress carries."""
 
     CUMULATIVE = 0  # everything so far, in every output
-    DELTA = 1  # only what is new since the last output
+    DELTA = 1  # only what is new since the last output, and only the choices that have something new
     FINAL_ONLY = 2  # nothing until the request has finished
 
 
@@ -150,11 +150,11 @@ class SamplingParams:
         """The parameters of choice `index` of the `n`: a request for one output, with a seed of its own.
 
         The seed is `(seed + index) % 2**64`, vLLM's rule, so that choice i of seed s is the only choice of seed s + i.
-        Without a seed the clones have none, and the engine draws one for each.
+        Without a seed the clones have none. Choice 0 alone computes the prompt's log-probabilities: they are the same for all.
         """
         assert 0 <= index < self.n, f"choice {index} of {self.n}"
         seed = None if self.seed is None else (self.seed + index) % 2**SEED_BITS
-        return replace(self, n=1, seed=seed)
+        return replace(self, n=1, seed=seed, prompt_logprobs=self.prompt_logprobs if index == 0 else None)
 
     def verify_against(self, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
         """Raise `InvalidRequestError` for a token id outside the vocabulary, or where no token is left to sample."""

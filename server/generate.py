@@ -78,7 +78,7 @@ def run(namespace: argparse.Namespace) -> int:
         for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
             print(json.dumps(_as_json(output), ensure_ascii=False), flush=True)
         return 0
-    _print_stream(llm.stream(prompts, params), prompts, show_prompt=not namespace.chat)
+    _print_stream(llm.stream(prompts, params), prompts, params.n, show_prompt=not namespace.chat)
     return 0
 
 
@@ -148,7 +148,9 @@ def _chat_prompt(llm: LLM, prompt: Any) -> list[int]:
     return llm.tokenizer.apply_chat_template(messages or [{"role": "user", "content": prompt}])
 
 
-def _print_stream(outputs: Iterator[RequestOutput], prompts: Sequence[Any], *, show_prompt: bool) -> None:
+def _print_stream(
+    outputs: Iterator[RequestOutput], prompts: Sequence[Any], num_choices: int, *, show_prompt: bool
+) -> None:
     """Prints the first unfinished completion as it comes and keeps what comes of later ones until its turn."""
     pieces: dict[tuple[int, int], list[str]] = {}
     done: set[int] = set()
@@ -162,13 +164,14 @@ def _print_stream(outputs: Iterator[RequestOutput], prompts: Sequence[Any], *, s
         if output.finished:
             done.add(prompt_idx)
         while current < len(prompts):
-            choices = sorted(choice for idx, choice in pieces if idx == current)
-            for choice_idx in choices if current in done else choices[:1]:
+            for choice_idx in range(num_choices if current in done else 1):
+                found = pieces.pop((current, choice_idx), None)
+                if found is None and current not in done:
+                    break  # nothing of it has come yet, or nothing new
                 if choice_idx != shown_choice:
-                    _print_heading(prompts[current], current, choice_idx, len(choices), many, show_prompt)
+                    _print_heading(prompts[current], current, choice_idx, num_choices, many, show_prompt)
                     shown_choice = choice_idx
-                print("".join(pieces[current, choice_idx]), end="", flush=True)
-                pieces[current, choice_idx].clear()
+                print("".join(found or ()), end="", flush=True)
                 if current in done:
                     print(flush=True)
             if current not in done:

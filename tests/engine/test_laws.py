@@ -1,5 +1,7 @@
 """The laws of the engine: whatever the schedule, the tokens are those that a request gives when it runs alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -90,20 +92,33 @@ def test_tokens_do_not_depend_on_the_schedule(law: str, settings: dict, alone: l
     assert_same(generate(tiny_engine(**settings), PROMPTS, PARAMS), alone)
 
 
+# Longer than what admission keeps free for running requests, or nobody would ever be preempted.
+LONG = [replace(params, max_tokens=59) for params in PARAMS]
+
+
+@pytest.fixture(scope="module")
+def long_alone() -> list[RequestOutput]:
+    return generate(tiny_engine(enable_prefix_caching=False), PROMPTS, LONG)
+
+
 @pytest.mark.parametrize("settings", [{}, {"async_scheduling": False}, {"decode_steps_per_dispatch": 3}])
-def test_preempted_requests_give_the_same_tokens(settings: dict, alone: list[RequestOutput]) -> None:
+def test_preempted_requests_give_the_same_tokens(settings: dict, long_alone: list[RequestOutput]) -> None:
     llm = tiny_engine(num_kv_blocks=14, **settings)
-    outputs = generate(llm, PROMPTS, PARAMS)
-    assert llm.stats().num_preemptions > 0, "the cache is meant to be too small"
-    assert_same(outputs, alone)
+    before = llm.stats().num_preemptions
+    outputs = generate(llm, PROMPTS, LONG)
+    assert llm.stats().num_preemptions > before, "the cache is meant to be too small"
+    assert_same(outputs, long_alone)
 
 
 def test_prompt_logprobs_do_not_depend_on_chunks_or_preemption() -> None:
-    params = [SamplingParams(temperature=0.0, max_tokens=30, prompt_logprobs=1, detokenize=False, ignore_eos=True)] * 4
+    params = [SamplingParams(temperature=0.0, max_tokens=59, prompt_logprobs=1, detokenize=False, ignore_eos=True)] * 4
     prompts = [PROMPTS[5], PROMPTS[6], PROMPTS[7], PROMPTS[4]]
     expected = [generate(tiny_engine(), [p], [q])[0] for p, q in zip(prompts, params, strict=True)]
     chunked = generate(tiny_engine(max_num_batched_tokens=4 + 32), prompts, params)
-    preempted = generate(tiny_engine(num_kv_blocks=14), prompts, params)
+    tight = tiny_engine(num_kv_blocks=14)
+    before = tight.stats().num_preemptions
+    preempted = generate(tight, prompts, params)
+    assert tight.stats().num_preemptions > before
     for found in (chunked, preempted):
         for one, other, prompt in zip(found, expected, prompts, strict=True):
             assert one.prompt_logprobs[0] is None

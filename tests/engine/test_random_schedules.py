@@ -18,7 +18,7 @@ NUM_KINDS = 10
 PROMPTS = [(SHARED if idx % 3 == 0 else []) + RNG.integers(3, 101, 1 + 9 * idx).tolist() for idx in range(NUM_KINDS)]
 KINDS = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.2}]
 PARAMS = [
-    SamplingParams(max_tokens=3 + 5 * (idx % 4), seed=idx, ignore_eos=True, detokenize=False, **KINDS[idx % 3])
+    SamplingParams(max_tokens=4 + 18 * (idx % 4), seed=idx, ignore_eos=True, detokenize=False, **KINDS[idx % 3])
     for idx in range(NUM_KINDS)
 ]
 ENGINES = {
@@ -76,3 +76,14 @@ def test_tokens_do_not_depend_on_who_else_comes_and_goes(
             assert found[arrival] == expected[: len(found[arrival])]
         else:
             assert found[arrival] == expected
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "roomy"])
+def test_the_tight_engines_do_preempt(name: str, alone: list[list[int]]) -> None:
+    """Guards the law above: its traffic is more than these engines hold."""
+    llm = tiny_engine(**ENGINES[name])
+    before = llm.stats().num_preemptions
+    kinds = [3, 7, 3, 7, 6, 2]
+    found = _run(llm, [(0, kind) for kind in kinds], {})
+    assert llm.stats().num_preemptions > before
+    assert list(found.values()) == [alone[kind] for kind in kinds]
