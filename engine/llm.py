@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +36,8 @@ class LLM:
     """One model, ready to generate.
 
     Every setting of `quire.engine.config` is a keyword argument. Weights are loaded and every shape is compiled here, with a
-    progress bar on a terminal; nothing is compiled afterwards.
+    progress bar on a terminal; nothing is compiled afterwards. Streams and calls of `generate` may overlap on one thread,
+    never on several. Ctrl-C ends the call that it interrupts, after the step that is being made, and leaves the rest whole.
 
         llm = LLM("demo")
         outputs = llm.generate(["def fibonacci(n):"], SamplingParams(temperature=0, max_tokens=64))
@@ -61,6 +66,7 @@ class LLM:
             most_sampling=SamplingMode[config.device.sampling.upper()],
         )
         self._outputs = OutputProcessor(self.tokenizer)
+        self._inboxes: dict[str, deque[RequestOutput]] = {}
         self._request_numbers = itertools.count()
 
     @property
@@ -85,9 +91,10 @@ class LLM:
 
         Args:
             prompts: one or several; each a string, {"prompt": str}, {"prompt_token_ids": [...]} or a list of token ids.
-            sampling_params: for all, or one for each prompt; the defaults of SamplingParams when left out.
+            sampling_params: for all, or one for each prompt; the defaults of SamplingParams when left out. Their
+                `output_kind` matters to `stream` alone.
             use_tqdm: show a progress bar with tokens per second.
-            priority: one number per prompt, low first, under scheduling_policy="priority".
+            priority: one number per prompt, low first; needs scheduling_policy="priority".
             cache_salt: requests with different salts never share cached blocks.
 
         Raises InvalidRequestError for the first prompt that cannot be honoured, before any is run.
@@ -123,16 +130,31 @@ class LLM:
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
-        **template_arguments: Any,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, each a list of {"role", "content"}, with the model's chat template.
 
-        Further arguments (`tools`, `continue_final_message`, `chat_template`, ...) go to the template.
+        Args:
+            add_generation_prompt: end the prompt where the assistant begins to speak.
+            continue_final_message: leave the last message open instead, to be gone on with; excludes the former.
+            chat_template: a Jinja template in place of the model's own.
+            tools: functions that the template may describe to the model, as JSON schemas.
+            chat_template_kwargs: what else the template is given, such as {"enable_thinking": False}.
         """
         if self.tokenizer is None:
             raise InvalidRequestError(
-                "chat needs a tokenizer with a chat template, and there is none", parameter="messages"
+                "chat needs a tokenizer with a chat template, and there is none; set tokenizer to a model that has one",
+                parameter="messages",
             )
+        template_arguments = {
+            "chat_template": chat_template,
+            "tools": tools,
+            "continue_final_message": continue_final_message,
+            **(chat_template_kwargs or {}),
+        }
         if not messages:
             raise InvalidRequestError("there are no messages; give at least one", parameter="messages")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
@@ -158,9 +180,16 @@ class LLM:
     ) -> list[ProcessedRequest]:
         """Checks every request before the first one runs."""
         many = _as_list(prompts)
-        params = _one_each(sampling_params or SamplingParams(), len(many))
+        params = _one_each(SamplingParams() if sampling_params is None else sampling_params, len(many))
         if priority is not None and len(priority) != len(many):
-            raise InvalidRequestError(f"{len(priority)} priorities for {len(many)} prompts", parameter="priority")
+            raise InvalidRequestError(
+                f"{len(priority)} priorities for {len(many)} prompts; give one for each", parameter="priority"
+            )
+        if priority is not None and self.config.scheduler.scheduling_policy != "priority":
+            raise InvalidRequestError(
+                'priority is of no effect in order of arrival; start the engine with scheduling_policy="priority"',
+                parameter="priority",
+            )
         requests = []
         for idx, (prompt, wanted) in enumerate(zip(many, params, strict=True)):
             kind = output_kind or wanted.output_kind
@@ -176,25 +205,67 @@ class LLM:
         return requests
 
     def _run(self, requests: Sequence[ProcessedRequest]) -> Iterator[RequestOutput]:
-        """Runs requests to their end; what is left unfinished when the iterator is closed, or fails, is aborted."""
+        """Runs requests to their end; what is left unfinished when the iterator is closed, or fails, is aborted.
+
+        Several of these iterators may be open: a step goes on with the requests of all, and each finds its outputs in its inbox.
+        """
+        inbox: deque[RequestOutput] = deque()
+        num_open = len(requests)
         try:
-            for request in requests:
-                self._outputs.add(request)
-                for choice in request.choices:
-                    self._core.add_request(choice)
-            while self._core.has_work:
-                step_outputs = self._core.step()
-                outputs, to_abort = self._outputs.process(step_outputs)
-                for request_id in to_abort:
-                    self._core.abort_request(request_id)
-                yield from outputs
-                if not step_outputs and not self._core.is_busy:
-                    time.sleep(IDLE_SECONDS)
+            with _interrupts_deferred():
+                for request in requests:
+                    self._outputs.add(request)
+                    self._inboxes[request.request_id] = inbox
+                    for choice in request.choices:
+                        self._core.add_request(choice)
+            while num_open:
+                if not inbox:
+                    self._step()
+                while inbox:
+                    output = inbox.popleft()
+                    num_open -= output.finished
+                    yield output
+            while self._core.has_work and not self._outputs.num_unfinished:
+                self._step()  # read what is in flight: the device is idle when the last caller is done
         finally:
-            for request in requests:
-                _, open_ids = self._outputs.abort(request.request_id)
-                for request_id in open_ids:
-                    self._core.abort_request(request_id)
+            with _interrupts_deferred():
+                for request in requests:
+                    _, open_ids = self._outputs.abort(request.request_id)
+                    self._inboxes.pop(request.request_id, None)
+                    for request_id in open_ids:
+                        self._core.abort_request(request_id)
+
+    def _step(self) -> None:
+        """One step of the engine; its outputs go to the inboxes of those who asked."""
+        assert self._core.has_work, "a request is open and the engine has none"
+        with _interrupts_deferred():
+            step_outputs = self._core.step()
+            outputs, to_abort = self._outputs.process(step_outputs)
+            for request_id in to_abort:
+                self._core.abort_request(request_id)
+            for output in outputs:
+                self._inboxes[output.request_id].append(output)
+        if not step_outputs and not self._core.is_busy:
+            time.sleep(IDLE_SECONDS)
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect when the context ends: a step that is given up half-way leaves requests and device in disagreement.
+
+    Python interrupts the main thread alone.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -220,6 +291,10 @@ def _as_list(prompts: Any) -> list[Any]:
 def _one_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * count
+    if isinstance(params, (str, Mapping)) or not all(isinstance(one, SamplingParams) for one in params):
+        raise InvalidRequestError(
+            f"sampling_params is a SamplingParams, or one for each prompt, not {params!r}", parameter="sampling_params"
+        )
     if len(params) != count:
         raise InvalidRequestError(
             f"{len(params)} sampling_params for {count} prompts; give one for all, or one for each",

@@ -27,16 +27,20 @@ def _expected(folder, prompt: list[int]) -> tuple[list[int], np.ndarray, float]:
 
 # One of each family here; the variants (ropes, biases, ties) run with `make slow`, and as models in tests/models.
 FAMILIES = ("llama", "mistral", "qwen2-windows", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3-moe")
-CASES = [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.slow) for name in sorted(TINY)]
+CASES = [
+    *(pytest.param(name, False, id=name, marks=() if name in FAMILIES else pytest.mark.slow) for name in sorted(TINY)),
+    # The form that other devices run: one program for all layers, with windows and ropes that differ between them.
+    *(pytest.param(name, True, id=f"{name}-scanned") for name in ("gemma3", "qwen3-moe")),
+]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_and_logprobs_are_those_of_transformers(name: str, tmp_path) -> None:
+@pytest.mark.parametrize(("name", "scan_layers"), CASES)
+def test_greedy_tokens_and_logprobs_are_those_of_transformers(name: str, scan_layers: bool, tmp_path) -> None:
     folder = make_checkpoint(name, tmp_path / name, seed=3)
     llm = LLM(
         str(folder),
         tokenizer="demo",
-        backend=FewShapesBackend(),
+        backend=FewShapesBackend(scan_layers=scan_layers),
         dtype="float32",
         max_num_seqs=3,
         max_model_len=64,
