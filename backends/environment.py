@@ -14,27 +14,41 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "quire"
 
 
-def cgroup_memory_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that this process's control group may use, None without a limit (v2, then v1; man cgroups(7))."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = root / name
-        if path.is_file():
-            text = path.read_text().strip()
+def cgroup_memory_left(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that this process's control group may still use, None without a limit (v2, then v1; man cgroups(7)).
+
+    Pages of files that can be dropped at any time count as free.
+    """
+    for folder, limit, usage, inactive in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (folder / limit).is_file():
+            text = (folder / limit).read_text().strip()
             # v1 spells "no limit" as a number near 2^63.
             if text != "max" and int(text) < 1 << 60:
-                return int(text)
+                used = int((folder / usage).read_text()) if (folder / usage).is_file() else 0
+                droppable = _statistics(folder / "memory.stat").get(inactive, 0)
+                return max(int(text) - max(used - droppable, 0), 0)
     return None
 
 
+def _statistics(path: Path) -> dict[str, int]:
+    """`name number` lines; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    return {name: int(number) for name, number in (line.split() for line in path.read_text().splitlines())}
+
+
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of host memory that can still be used: the kernel's estimate, capped by the control group's limit."""
+    """Bytes of host memory that can still be used: the kernel's estimate, capped by what its control group has left."""
     if meminfo.is_file():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         free = int(fields["MemAvailable"].split()[0]) * 1024
     else:  # not Linux: half of what is installed
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    limit = cgroup_memory_limit()
-    return free if limit is None else min(free, limit)
+    left = cgroup_memory_left()
+    return free if left is None else min(free, left)
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

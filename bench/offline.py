@@ -1,4 +1,4 @@
-"""`quire bench offline`: the whole engine on a queue of requests, without a server in front.
+"""`quire bench offline`: the engine core on a queue of requests, token ids in and out, without text or a server around it.
 
 Prints one JSON line: throughput, step times, padding, KV waste, preemptions, and the host's share of a step. `--compare-batching`
 runs the same requests under each batching policy, interleaved, so that their ratio is measured in one run.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -16,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from quire.engine import LLM, SamplingParams
 from quire.engine.admission import BATCHING_POLICIES, make_admission_policy
 from quire.engine.arguments import add_engine_flags, engine_arguments
-from quire.engine.core import EngineCore
 from quire.engine.metrics import EngineStats
 from quire.engine.request import EngineCoreRequest
 
@@ -79,19 +80,19 @@ def run(namespace: argparse.Namespace) -> int:
     )
     llm = LLM(**engine_arguments(namespace))
     policies = BATCHING_POLICIES if namespace.compare_batching else (llm.config.scheduler.batching,)
-    _run_once(llm.core, workload, policies[0], limit=min(workload.num_requests, 4), title="warm")
+    _run_once(llm, workload, policies[0], limit=min(workload.num_requests, 4), title="warm")
     runs: dict[str, list[dict[str, float]]] = {policy: [] for policy in policies}
     with llm.core.profile(namespace.profile) if namespace.profile else nullcontext():
         for repeat in range(namespace.repeats):
             for policy in policies:
                 title = f"{policy} {repeat + 1}/{namespace.repeats}"
-                runs[policy].append(_run_once(llm.core, workload, policy, title=title))
+                runs[policy].append(_run_once(llm, workload, policy, title=title))
     results = {policy: _medians(found) for policy, found in runs.items()}
     report: dict[str, Any] = {
         "benchmark": "offline",
         "model": llm.config.model.model,
         "dtype": llm.core.config.dtype,
-        "device": llm.config.device.device,
+        "device": f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores)",
         "max_num_seqs": llm.core.config.max_num_seqs,
         "max_num_batched_tokens": llm.core.config.max_num_batched_tokens,
         "workload": asdict(workload),
@@ -126,12 +127,12 @@ def make_requests(workload: Workload, vocab_size: int, name: str) -> list[Engine
     return requests
 
 
-def _run_once(
-    core: EngineCore, workload: Workload, policy: Any, *, title: str, limit: int | None = None
-) -> dict[str, float]:
+def _run_once(llm: LLM, workload: Workload, policy: Any, *, title: str, limit: int | None = None) -> dict[str, float]:
     """Runs all requests to their end under one policy; every figure of the run."""
+    core = llm.core
+    window_seconds = llm.config.scheduler.batching_window
     core.scheduler.set_admission_policy(
-        make_admission_policy(policy, window_seconds=0.05, max_num_seqs=core.config.max_num_seqs)
+        make_admission_policy(policy, window_seconds=window_seconds, max_num_seqs=core.config.max_num_seqs)
     )
     core.scheduler.kv_cache.forget_prefixes()
     requests = make_requests(workload, core.model.config.vocab_size, f"{title}-{time.monotonic()}")[:limit]

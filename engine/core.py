@@ -50,8 +50,8 @@ class EngineCore:
     """One model on one backend, with the scheduler that feeds it.
 
     `step` is the definition of the engine. With asynchronous scheduling one step is always in flight while the next is
-    scheduled; without, each is read before the next is made. An error inside a step ends the engine: every later call raises
-    EngineDeadError with the cause.
+    scheduled; without, each is read before the next is made. An error inside a step ends the engine: every later request and step
+    raises EngineDeadError with the cause.
     """
 
     def __init__(
@@ -69,6 +69,9 @@ class EngineCore:
             _enable_compilation_cache()
         folder = resolve_model(config.model.model)
         self.model = LoadedModel(folder, load_config(folder, config.model.max_model_len))
+        _resolve(
+            config, self.model.config, backend
+        )  # settings that cannot work are refused before the weights are read
         params = _load(config, self.model, backend, progress)
         self.config = _resolve(config, self.model.config, backend)
         for note in self.config.notes:
@@ -88,9 +91,14 @@ class EngineCore:
         self._check_alive()
         self.scheduler.add_request(request)
 
-    def abort_request(self, request_id: str) -> bool:
-        """Ends a request at once; False when it is unknown or has finished."""
-        return self.scheduler.abort_request(request_id)
+    def abort_request(self, request_id: str, *, has_finished: bool = False) -> bool:
+        """Ends a request at once; False when it is unknown, has finished, or the engine has stopped.
+
+        `has_finished` when it came to its end in a way that only its caller can see, at a stop string.
+        """
+        if self._dead is not None:
+            return False
+        return self.scheduler.abort_request(request_id, has_finished=has_finished)
 
     @property
     def has_work(self) -> bool:
@@ -108,7 +116,8 @@ class EngineCore:
         try:
             with self.runner.compilations.counting():
                 return self._step()
-        except Exception as error:
+        except BaseException as error:
+            # An interrupt too: it may have struck between a step's scheduling and its launch, and what was scheduled counts as computed.
             self._dead = error
             raise
 
@@ -238,4 +247,7 @@ def _wanted_kernels(text: str | None) -> dict[str, str]:
     pairs = [pair.split("=") for pair in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise InvalidConfigError(f"kernels={text!r} is not of the form op=name,op=name")
-    return {op.strip(): name.strip() for op, name in pairs}
+    wanted = {op.strip(): name.strip() for op, name in pairs}
+    if len(wanted) != len(pairs):
+        raise InvalidConfigError(f"kernels={text!r} names an op twice")
+    return wanted

@@ -9,11 +9,18 @@ from typing import TypeAlias
 
 import numpy as np
 
-from quire.engine.device_state import sampling_mode
+from quire.engine.device_state import NUM_STOP_IDS, sampling_mode
 from quire.engine.request import EngineCoreRequest
-from quire.engine.sampling_params import MAX_BAD_WORDS, MAX_INT32, SamplingParams, bad_words_token_ids, is_unicode
+from quire.engine.sampling_params import (
+    MAX_BAD_WORDS,
+    MAX_INT32,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+    bad_words_token_ids,
+    is_unicode,
+)
 from quire.engine.tokenizer import Tokenizer
-from quire.kernels.errors import InvalidRequestError
+from quire.kernels.errors import InvalidConfigError, InvalidRequestError
 from quire.kernels.sampling.rows import SamplingMode
 
 Prompt: TypeAlias = str | Mapping[str, object] | Sequence[int]
@@ -49,6 +56,11 @@ class InputProcessor:
 
         `most_sampling` is the largest sampling program that was compiled; requests that need a larger one are refused.
         """
+        if len(eos_token_ids) > NUM_STOP_IDS - MAX_STOP_TOKEN_IDS:
+            most = NUM_STOP_IDS - MAX_STOP_TOKEN_IDS
+            raise InvalidConfigError(
+                f"the model has {len(eos_token_ids)} end-of-sequence tokens; at most {most} are supported"
+            )
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -120,7 +132,7 @@ class InputProcessor:
             if self._tokenizer is None:
                 raise InvalidRequestError("there is no tokenizer; give prompt_token_ids", parameter="prompt")
             return given, tuple(self._tokenizer.encode(given))
-        if not isinstance(given, Sequence):
+        if not isinstance(given, Sequence) or isinstance(given, (bytes, bytearray)):
             raise InvalidRequestError(
                 f"a prompt is a string or a list of token ids, not {type(given).__name__}", parameter="prompt"
             )

@@ -52,10 +52,10 @@ class LLM:
         `progress(phase, done, total, what)` replaces the progress bar, `backend` the backend that `device` names.
         """
         config = EngineConfig.from_arguments(model=model, **settings)
-        with show_progress() as bar:
-            self._core = EngineCore(config, progress or bar, backend)
         self.config = config
         self.tokenizer = _load_tokenizer(config)
+        with show_progress() as bar:
+            self._core = EngineCore(config, progress or bar, backend)
         model_config, resolved = self._core.model.config, self._core.config
         self._inputs = InputProcessor(
             self.tokenizer,
@@ -149,10 +149,11 @@ class LLM:
                 "chat needs a tokenizer with a chat template, and there is none; set tokenizer to a model that has one",
                 parameter="messages",
             )
-        template_arguments = {
-            "chat_template": chat_template,
-            "tools": tools,
+        template_arguments: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
+            "chat_template": chat_template,
+            "tools": None if tools is None else list(tools),
             **(chat_template_kwargs or {}),
         }
         if not messages:
@@ -162,7 +163,6 @@ class LLM:
             {
                 "prompt_token_ids": self.tokenizer.apply_chat_template(
                     conversation,  # type: ignore[arg-type]
-                    add_generation_prompt=add_generation_prompt,
                     **template_arguments,
                 )
             }
@@ -242,7 +242,7 @@ class LLM:
             step_outputs = self._core.step()
             outputs, to_abort = self._outputs.process(step_outputs)
             for request_id in to_abort:
-                self._core.abort_request(request_id)
+                self._core.abort_request(request_id, has_finished=True)
             for output in outputs:
                 self._inboxes[output.request_id].append(output)
         if not step_outputs and not self._core.is_busy:

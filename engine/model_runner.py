@@ -74,7 +74,7 @@ class ModelRunner:
         self._model = model
         self._params = params
         self._backend = backend
-        self._step_config = step_config
+        self.step_config = step_config
         self._config = config
         self._shapes = tuple(shapes)
         blocks_per_row = -(-config.max_model_len // config.block_size)
@@ -100,8 +100,7 @@ class ModelRunner:
         row = empty_row(self._config.max_model_len, self._model.vocab_size)
         jobs: dict[StepShape | None, Any] = {None: (write_row, (self.state.slots, np.int32(0), row), (0,))}
         for shape in self._shapes:
-            arguments = (self._params, self.state, self.abstract_inputs(shape))
-            jobs[shape] = (make_step(self._step_config, shape), arguments, (1,))
+            jobs[shape] = (make_step(self.step_config, shape), self.abstract_arguments(shape), (1,))
         with ThreadPoolExecutor(min(MAX_COMPILE_THREADS, len(jobs))) as pool:
             futures = {pool.submit(self._build, *job): shape for shape, job in jobs.items()}
             for num_done, future in enumerate(as_completed(futures), start=1):
@@ -118,26 +117,14 @@ class ModelRunner:
         return time.perf_counter() - begin
 
     def _build(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Program:
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+        abstract = jax.tree.map(_abstract, arguments)
         with self.compilations.counting():
             return self._backend.compile(self._backend.lower(program, abstract, donate))
 
-    def abstract_inputs(self, shape: StepShape) -> ModelInput:
-        """Shapes and dtypes of a step's inputs, for lowering it."""
-        rows, tiles, blocks = shape.decode_rows, shape.prefill_tiles, shape.context_blocks
-
-        def ints(*dims: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(dims, np.int32)
-
-        return ModelInput(
-            decode_slots=ints(rows),
-            decode_tables=ints(rows, blocks),
-            tile_slots=ints(tiles),
-            tile_starts=ints(tiles),
-            tile_lens=ints(tiles),
-            tile_samples=jax.ShapeDtypeStruct((tiles,), np.bool_),
-            tile_tables=ints(tiles, blocks),
-        )
+    def abstract_arguments(self, shape: StepShape) -> tuple[Any, DeviceState, ModelInput]:
+        """Shapes and dtypes of a step's parameters, state and inputs, for lowering it."""
+        params, state = jax.tree.map(_abstract, (self._params, self.state))
+        return params, state, _abstract_inputs(shape)
 
     # ---- a step
 
@@ -161,7 +148,6 @@ class ModelRunner:
         """Gives a launched step's tokens, row by row as they were scheduled."""
         step, layout, output = dispatched.step, dispatched.layout, dispatched.output
         columns = np.asarray(output.token_ids).T.tolist()  # [R + P][N]
-        logprobs = None if output.logprobs is None else jax.tree.map(np.asarray, output.logprobs)
         counts = [row.num_tokens for row in step.decode] + [1] * (len(layout.sampled_rows) - len(step.decode))
         token_ids = [columns[row][:count] for row, count in zip(layout.sampled_rows, counts, strict=True)]
         if output.logprobs is None:
@@ -203,4 +189,25 @@ def _token_logprobs(logprobs: Logprobs, place: tuple[int, int], num_top: int) ->
         rank=int(logprobs.token_ranks[place]),
         top_ids=tuple(logprobs.top_ids[place][:num_top].tolist()),
         top_logprobs=tuple(logprobs.top_logprobs[place][:num_top].tolist()),
+    )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _abstract_inputs(shape: StepShape) -> ModelInput:
+    rows, tiles, blocks = shape.decode_rows, shape.prefill_tiles, shape.context_blocks
+
+    def ints(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, np.int32)
+
+    return ModelInput(
+        decode_slots=ints(rows),
+        decode_tables=ints(rows, blocks),
+        tile_slots=ints(tiles),
+        tile_starts=ints(tiles),
+        tile_lens=ints(tiles),
+        tile_samples=jax.ShapeDtypeStruct((tiles,), np.bool_),
+        tile_tables=ints(tiles, blocks),
     )

@@ -20,7 +20,7 @@ MAX_LOGIT_BIAS = 300  # OpenAI's own limit
 MAX_STOP_TOKEN_IDS = 64  # the longest end-of-turn lists in generation_config.json files hold a handful
 MAX_BAD_WORDS = 32  # token sequences; one word is up to two of them, with and without the space before it
 MAX_BAD_WORD_TOKENS = 8  # tokens in one sequence: the step compares this many of the last tokens
-MAX_LOGPROBS = 20  # OpenAI's own limit; the step has no sort and finds the top ones one after another
+MAX_LOGPROBS = 20  # OpenAI's own limit; keeps the only top_k of the step a small one
 
 MAX_CHOICES = 16384  # vLLM's default; each choice is a request of its own
 MAX_INT32 = 2**31 - 1  # counts travel to the device as int32

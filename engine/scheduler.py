@@ -133,12 +133,17 @@ class Scheduler:
         self.requests[request.request_id] = request
         insort(self.waiting, request, key=_sort_key)
 
-    def abort_request(self, request_id: str) -> bool:
-        """Ends a request at once and frees its blocks; False when there is none by that id (it may just have finished)."""
+    def abort_request(self, request_id: str, *, has_finished: bool = False) -> bool:
+        """Ends a request at once and frees its blocks; False when there is none by that id (it may just have finished).
+
+        `has_finished` when it came to its end in a way that only its caller can see, at a stop string.
+        """
         request = self.requests.get(request_id)
         if request is None:
             return False
         self._remove(request)
+        if has_finished:
+            self._count_finished()
         return True
 
     @property
@@ -397,8 +402,7 @@ class Scheduler:
             self.kv_cache.publish_full_blocks(request)
         if finish_reason is not None:
             self._remove(request)
-            self.counters.num_finished += 1
-            self._headroom.finished()
+            self._count_finished()
         if num_new < len(token_ids):
             token_ids = token_ids[:num_new]
             logprobs = logprobs[:num_new] if logprobs is not None else None
@@ -413,6 +417,10 @@ class Scheduler:
             request.num_preemptions,
             request.first_scheduled_time,
         )
+
+    def _count_finished(self) -> None:
+        self.counters.num_finished += 1
+        self._headroom.finished()
 
     def _remove(self, request: Request) -> None:
         del self.requests[request.request_id]

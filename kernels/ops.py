@@ -43,7 +43,5 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
         sample=SAMPLE.choose(context, wanted.pop(SAMPLE.name, None)),
     )
     if wanted:
-        raise KernelUnavailableError(
-            f"unknown op {', '.join(wanted)}; there are: {PAGED_ATTENTION.name}, {SAMPLE.name}"
-        )
+        raise KernelUnavailableError(f"unknown op {', '.join(wanted)}; there are: {', '.join(op.name for op in OPS)}")
     return ops

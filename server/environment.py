@@ -64,11 +64,18 @@ def collect() -> dict[str, Any]:
             "free memory": f"{available_memory() / 2**30:.1f} GiB",
             "program cache": str(cache_folder()),
         },
-        "jax devices": {str(device): device.device_kind for device in jax.devices()},
+        "jax devices": _jax_devices(),
         "backends": {name: unavailable_reason(name) or "available" for name in DEVICES},
         "kernels": {op.name: ", ".join(implementation.name for implementation in op.implementations) for op in OPS},
         "architectures": list(SUPPORTED_ARCHITECTURES),
     }
+
+
+def _jax_devices() -> dict[str, str]:
+    try:
+        return {str(device): device.device_kind for device in jax.devices()}
+    except RuntimeError as error:  # such as JAX_PLATFORMS naming a platform that is not here
+        return {"none": str(error)}
 
 
 def _version(package: str) -> str:

@@ -75,8 +75,7 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.chat:
         prompts = [{"prompt_token_ids": _chat_prompt(llm, prompt)} for prompt in prompts]
     if namespace.json:
-        for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
-            print(json.dumps(_as_json(output), ensure_ascii=False), flush=True)
+        _print_json(llm.stream(prompts, dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)))
         return 0
     _print_stream(llm.stream(prompts, params), prompts, params.n, show_prompt=not namespace.chat)
     return 0
@@ -91,7 +90,7 @@ def _read_prompts(namespace: argparse.Namespace) -> list[Any]:
         )
     if namespace.file is not None:
         try:
-            lines = namespace.file.read_text().splitlines()
+            lines = namespace.file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequestError(f"the prompts in {namespace.file} cannot be read: {error}") from error
         prompts = [_prompt_of_line(line) for line in lines if line.strip()]
@@ -143,7 +142,8 @@ def _sampling_params(namespace: argparse.Namespace) -> SamplingParams:
 
 
 def _chat_prompt(llm: LLM, prompt: Any) -> list[int]:
-    assert llm.tokenizer is not None
+    if llm.tokenizer is None:
+        raise InvalidRequestError("--chat needs a tokenizer with a chat template; name one with --tokenizer")
     messages = prompt["messages"] if isinstance(prompt, dict) and "messages" in prompt else None
     return llm.tokenizer.apply_chat_template(messages or [{"role": "user", "content": prompt}])
 
@@ -154,11 +154,10 @@ def _print_stream(
     """Prints the first unfinished completion as it comes and keeps what comes of later ones until its turn."""
     pieces: dict[tuple[int, int], list[str]] = {}
     done: set[int] = set()
-    current, shown_choice, first_id = 0, -1, None
+    current, shown_choice = 0, -1
     many = len(prompts) > 1
     for output in outputs:
-        first_id = int(output.request_id) if first_id is None else first_id
-        prompt_idx = int(output.request_id) - first_id
+        prompt_idx = int(output.request_id)  # an engine numbers its requests, and these are its first
         for choice in output.outputs:
             pieces.setdefault((prompt_idx, choice.index), []).append(choice.text)
         if output.finished:
@@ -188,5 +187,12 @@ def _print_heading(prompt: Any, idx: int, choice: int, num_choices: int, many: b
         print(text, end="", flush=True)
 
 
-def _as_json(output: RequestOutput) -> dict[str, Any]:
-    return dataclasses.asdict(output)
+def _print_json(outputs: Iterator[RequestOutput]) -> None:
+    """One object a line in the order of the prompts, each as soon as it and those before it have finished."""
+    finished: dict[int, RequestOutput] = {}
+    next_id = 0  # an engine numbers its requests, and these are its first
+    for output in outputs:
+        finished[int(output.request_id)] = output
+        while next_id in finished:
+            print(json.dumps(dataclasses.asdict(finished.pop(next_id)), ensure_ascii=False), flush=True)
+            next_id += 1

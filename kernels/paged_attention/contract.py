@@ -54,7 +54,8 @@ class PagedAttention(Protocol):
         Args:
             q: [R, W, N, H], rotated, not scaled; a row is a run of consecutive tokens of one request, then padding.
             kv_cache: as `WriteKV` gives it.
-            block_tables: [R, M] int32, padded with a null block, which is never read unmasked.
+            block_tables: [R, M] int32, padded with a null block, which is never read unmasked. What lies in places that a row
+                does not see, NaN included, has no influence on it.
             seq_lens: [R] int32, tokens of the row's request up to and including this row's last real token.
             query_lens: [R] int32, real tokens of this row, at most W. A row with 0 is padding; what comes out for
                 padding is finite and without meaning.

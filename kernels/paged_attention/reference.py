@@ -41,7 +41,10 @@ def paged_attention(
     """The reference of `contract.PagedAttention`: gather each row's blocks, mask, softmax in float32."""
     positions = (seq_lens - query_lens)[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]  # [R, W]
     keys, values = _gather(kv_cache, block_tables, q.dtype)  # [R, S, K, H] each
-    visible = _visible(positions, keys.shape[1], sliding_window)  # [R, W, S]
+    is_own = _visible_to_any(seq_lens, query_lens, keys.shape[1], sliding_window)  # [R, S]
+    visible = _visible(positions, keys.shape[1], sliding_window) & is_own[:, None, :]  # [R, W, S]
+    # A weight of 0 does not silence a value that is no number: what another request left there must not be multiplied at all.
+    values = jnp.where(is_own[:, :, None, None], values, jnp.zeros_like(values))
     return _attend(q, keys, values, visible, scale, soft_cap)
 
 
@@ -58,12 +61,23 @@ def _gather(kv_cache: jax.Array, block_tables: jax.Array, dtype: jnp.dtype) -> t
 
 
 def _visible(positions: jax.Array, num_keys: int, sliding_window: int | jax.Array | None) -> jax.Array:
-    """[R, W, S]: whether the query at each position sees each key. Keys after the row's end lie after every query."""
+    """[R, W, S]: whether causality and the window let the query at each position see each key."""
     distance = positions[:, :, None] - jnp.arange(num_keys, dtype=jnp.int32)[None, None, :]
     visible = distance >= 0
     if sliding_window is not None:
         visible &= distance < sliding_window
     return visible
+
+
+def _visible_to_any(
+    seq_lens: jax.Array, query_lens: jax.Array, num_keys: int, sliding_window: int | jax.Array | None
+) -> jax.Array:
+    """[R, S]: whether some query of the row sees the key."""
+    key_idx = jnp.arange(num_keys, dtype=jnp.int32)[None, :]
+    is_own = key_idx < seq_lens[:, None]
+    if sliding_window is not None:
+        is_own &= key_idx > (seq_lens - query_lens)[:, None] - sliding_window
+    return is_own
 
 
 def _attend(
@@ -76,7 +90,7 @@ def _attend(
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(visible[:, None, None, :, :], scores, MASKED)
-    # A padded query sees no key when its position is negative; the maximum is then MASKED and the weights are uniform, but finite.
+    # A row of padding sees no key at all; the maximum is then MASKED and the weights are uniform, but finite.
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1)  # [R, K, G, W]
     out = jnp.einsum("rkgws,rskh->rwkgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)

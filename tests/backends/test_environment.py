@@ -4,30 +4,38 @@ from pathlib import Path
 
 import pytest
 
-from quire.backends.environment import available_memory, cache_folder, cgroup_memory_limit, cpu_flags
+from quire.backends.environment import available_memory, cache_folder, cgroup_memory_left, cpu_flags
 
 MEMINFO = "MemTotal:       24683120 kB\nMemFree:         1000 kB\nMemAvailable:   8388608 kB\n"
 
 
 def test_the_control_groups_limit_is_read_in_both_versions(tmp_path: Path) -> None:
-    assert cgroup_memory_limit(tmp_path) is None
+    assert cgroup_memory_left(tmp_path) is None
     (tmp_path / "memory.max").write_text("max\n")
-    assert cgroup_memory_limit(tmp_path) is None
+    assert cgroup_memory_left(tmp_path) is None
     (tmp_path / "memory.max").write_text("2147483648\n")
-    assert cgroup_memory_limit(tmp_path) == 2**31
+    assert cgroup_memory_left(tmp_path) == 2**31
     old = tmp_path / "v1"
     (old / "memory").mkdir(parents=True)
     (old / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    assert cgroup_memory_limit(old) is None
+    assert cgroup_memory_left(old) is None
     (old / "memory" / "memory.limit_in_bytes").write_text("1048576")
-    assert cgroup_memory_limit(old) == 2**20
+    assert cgroup_memory_left(old) == 2**20
+
+
+def test_what_the_control_group_uses_is_not_free_but_dropped_files_are(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("8000\n")
+    (tmp_path / "memory.current").write_text("7000\n")
+    assert cgroup_memory_left(tmp_path) == 1000
+    (tmp_path / "memory.stat").write_text("anon 6000\ninactive_file 500\n")
+    assert cgroup_memory_left(tmp_path) == 1500
 
 
 def test_available_memory_is_the_kernels_estimate_under_the_limit(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(MEMINFO)
-    limit = cgroup_memory_limit()
-    assert available_memory(meminfo) == min(8 * 2**30, limit or 8 * 2**30)
+    left = cgroup_memory_left()
+    assert abs(available_memory(meminfo) - min(8 * 2**30, 8 * 2**30 if left is None else left)) < 2**28
     assert available_memory(tmp_path / "none") > 0
 
 

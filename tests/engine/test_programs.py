@@ -1,6 +1,7 @@
 """What the compiled steps are: the cache is donated and never copied, every batch has a shape, nothing is compiled late."""
 
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ from quire.backends.base import ShapeLimits, StepShape
 from quire.backends.cpu import CpuBackend
 from quire.engine import LLM, SamplingParams
 from quire.engine.input_batch import ShapeChooser
+from quire.engine.step import make_step
 from quire.kernels.sampling.rows import SamplingMode
-from tests.engine.engines import FewShapesBackend, check_idle, tiny_folder
+from tests.engine.engines import FewShapesBackend, check_idle, generate, tiny_engine, tiny_folder, token_ids
+from tests.models.helpers import neuron_violations
 
 # Large enough that a copy of the cache would stand out from everything else in the program.
 NUM_BLOCKS = 4000
@@ -27,6 +30,7 @@ def llm() -> LLM:
         max_model_len=256,
         num_kv_blocks=NUM_BLOCKS,
         dtype="float32",
+        seed=5,
     )
 
 
@@ -79,6 +83,32 @@ def test_nothing_is_compiled_after_warm_up_whatever_is_asked(llm: LLM) -> None:
             llm.generate(prompts[:count], SamplingParams(**common, **params), use_tqdm=False)
             check_idle(llm)
     assert llm.stats().num_compilations == len(llm.core.runner.programs) + 1
+
+
+def test_padded_equals_unpadded(llm: LLM) -> None:
+    """The CPU's shapes fit closely, the tests' two shapes pad everything to the widest."""
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(3, 101, n).tolist() for n in (1, 33, 70, 5)]
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=12, ignore_eos=True, detokenize=False)
+        for i, t in enumerate((0.0, 1.0, 0.7, 0.0))
+    ]
+    padded = generate(tiny_engine(enable_prefix_caching=False), prompts, params)
+    for count in (1, 2, 4):
+        assert token_ids(generate(llm, prompts[:count], params[:count])) == token_ids(padded[:count])
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_no_step_uses_what_neuron_lacks(scan_layers: bool) -> None:
+    """Apart from the small top_k of logprobs, which belongs to the full sampler."""
+    backend = FewShapesBackend(scan_layers=scan_layers)
+    runner = tiny_engine(scan_layers=scan_layers).core.runner
+    for shape in runner.programs:
+        for sampling in (SamplingMode.GREEDY, SamplingMode.RANDOM):
+            plain = replace(shape, sampling=sampling, prompt_logprobs=False)
+            arguments = runner.abstract_arguments(plain)
+            program = backend.lower(make_step(runner.step_config, plain), arguments, (1,)).as_text()
+            assert neuron_violations(program) == []
 
 
 def test_a_late_compilation_is_counted(llm: LLM) -> None:

@@ -68,13 +68,13 @@ class Problem:
 
 
 def make_problem(case: Case, seed: int = 0) -> Problem:
-    """Random tokens scattered over shuffled blocks; every place that belongs to nobody holds large rubbish."""
+    """Random tokens scattered over shuffled blocks; every place that belongs to nobody holds NaN."""
     rng = np.random.default_rng(seed)
     width = max(new for _, new in case.rows) + case.padding
     num_rows, heads = len(case.rows), (case.num_kv_heads, case.head_dim)
     blocks_per_row = max(-(-(old + new) // case.block_size) for old, new in case.rows) + 1
     num_blocks = 1 + num_rows * blocks_per_row + 2
-    cache = rng.normal(size=cache_shape(num_blocks, case.block_size, *heads)).astype(np.float32) * 50
+    cache = np.full(cache_shape(num_blocks, case.block_size, *heads), np.nan, np.float32)
     free = list(rng.permutation(np.arange(1, num_blocks)))
     tables = np.zeros((num_rows, blocks_per_row), np.int32)
     q = rng.normal(size=(num_rows, width, case.num_heads, case.head_dim)).astype(np.float32)
@@ -180,8 +180,7 @@ class PagedAttentionConformance:
         problem = make_problem(case)
         out, cache = self.run(case, problem)
         assert np.isfinite(out).all()
-        assert np.isfinite(cache).all()
-        assert (cache[0] != problem.cache[0]).any(), "padding has a place to be written to"
+        assert np.isfinite(cache[0]).any(), "padding has a place to be written to"
 
     def test_a_row_does_not_see_its_neighbours(self) -> None:
         case = next(case for case in CASES if case.name == "prefill")
