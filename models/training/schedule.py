@@ -1,9 +1,8 @@
 """How the run spends its time: learning rate and row length as functions of the share of the time gone, 0 to 1."""
 
 WARM_UP, DECAY_FROM = 0.02, 0.35
-PHASES = ((0.0, 256), (0.35, 512), (0.78, 1024), (0.88, 256))
-"""(share of the time gone, tokens of a row): long rows are dear, so they come late; the last are short again, since
-every row begins at a line, as prompts do, and short rows are more rows."""
+PHASES = ((0.0, 256), (0.35, 512), (0.88, 1024))
+"""(share of the time gone, tokens of a row): long rows are dear, so they come last."""
 
 
 def learning_rate_factor(share: float) -> float:
