@@ -40,24 +40,25 @@ def paged_attention(
 ) -> jax.Array:
     """The reference of `contract.PagedAttention`: gather each row's blocks, mask, softmax in float32."""
     positions = (seq_lens - query_lens)[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]  # [R, W]
-    keys, values = _gather(kv_cache, block_tables, q.dtype)  # [R, S, K, H] each
-    is_own = _visible_to_any(seq_lens, query_lens, keys.shape[1], sliding_window)  # [R, S]
-    visible = _visible(positions, keys.shape[1], sliding_window) & is_own[:, None, :]  # [R, W, S]
+    num_keys = block_tables.shape[1] * kv_cache.shape[1]
+    is_own = _visible_to_any(seq_lens, query_lens, num_keys, sliding_window)  # [R, S]
+    visible = _visible(positions, num_keys, sliding_window) & is_own[:, None, :]  # [R, W, S]
+    kv = _gather(kv_cache, block_tables, q.dtype)  # [R, S, 2K * H]
     # A weight of 0 does not silence a value that is no number: what another request left there must not be multiplied at all.
-    values = jnp.where(is_own[:, :, None, None], values, jnp.zeros_like(values))
-    return _attend(q, keys, values, visible, scale, soft_cap)
+    kv = jnp.where(is_own[:, :, None], kv, jnp.zeros_like(kv))
+    attend = _attend_one if q.shape[1] == 1 else _attend_many
+    return attend(q, kv, visible, scale, soft_cap)
 
 
-def _gather(kv_cache: jax.Array, block_tables: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [R, S, K, H] of every block in the tables."""
-    rows, num_blocks_per_row = block_tables.shape
-    _, block_size, num_heads_twice, head_dim = kv_cache.shape
-    blocks = kv_cache.at[block_tables].get(mode="promise_in_bounds")  # [R, M, block_size, 2K, H]
-    kv = blocks.reshape(rows, num_blocks_per_row * block_size, num_heads_twice // 2, 2, head_dim)
+def _gather(kv_cache: jax.Array, block_tables: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[R, S, 2K * H]: the keys and values of every block in the tables."""
+    num_blocks, _, num_heads_twice, head_dim = kv_cache.shape
+    # Whole blocks as rows of a matrix: XLA:CPU then copies them, where with more axes it computes an index per element.
+    rows = kv_cache.reshape(num_blocks, -1).at[block_tables.reshape(-1)].get(mode="promise_in_bounds")
+    kv = rows.reshape(block_tables.shape[0], -1, num_heads_twice * head_dim)
     if kv.dtype == jnp.uint16:
         kv = jax.lax.bitcast_convert_type(kv, jnp.bfloat16)
-    kv = kv.astype(dtype)
-    return kv[:, :, :, 0], kv[:, :, :, 1]
+    return kv.astype(dtype)
 
 
 def _visible(positions: jax.Array, num_keys: int, sliding_window: int | jax.Array | None) -> jax.Array:
@@ -80,22 +81,52 @@ def _visible_to_any(
     return is_own
 
 
-def _attend(
-    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, scale: float, soft_cap: float | None
-) -> jax.Array:
+def _attend_many(q: jax.Array, kv: jax.Array, visible: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+    """Attention of W queries per row: one product per key/value head."""
     rows, width, num_heads, head_dim = q.shape
-    num_kv_heads = keys.shape[2]
+    num_kv_heads = kv.shape[2] // (2 * head_dim)
+    heads = kv.reshape(rows, -1, num_kv_heads, 2, head_dim)  # [R, S, K, 2, H]
     grouped = q.reshape(rows, width, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("rwkgh,rskh->rkgws", grouped, keys, preferred_element_type=jnp.float32) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(visible[:, None, None, :, :], scores, MASKED)
-    # A row of padding sees no key at all; the maximum is then MASKED and the weights are uniform, but finite.
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1)  # [R, K, G, W]
+    scores = jnp.einsum("rwkgh,rskh->rkgws", grouped, heads[:, :, :, 0], preferred_element_type=jnp.float32)
+    weights, total = _softmax(scores, visible[:, None, None, :, :], scale, soft_cap)  # [R, K, G, W, S], [R, K, G, W]
+    values = heads[:, :, :, 1]
     out = jnp.einsum("rkgws,rskh->rwkgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
     out = out / jnp.moveaxis(total, 3, 1)[..., None]
     return out.reshape(rows, width, num_heads, head_dim).astype(q.dtype)
+
+
+def _attend_one(q: jax.Array, kv: jax.Array, visible: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:
+    """Attention of one query per row, as two products with the gathered rows as they lie.
+
+    Each query is widened to a whole row of the cache with zeros for the other heads, and of each result only the query's own
+    head is kept. With one query the time goes into reading the rows; picking heads out of them first made XLA:CPU gather them
+    element by element.
+    """
+    rows, _, num_heads, head_dim = q.shape
+    num_kv_heads = kv.shape[2] // (2 * head_dim)
+    group = num_heads // num_kv_heads
+    own_head = jnp.repeat(jnp.eye(num_kv_heads, dtype=q.dtype), group, axis=0)  # [N, K]
+    of_keys = own_head[:, :, None] * jnp.array([[[1, 0]]], q.dtype)  # [N, K, 2]
+    wide = (q[:, 0, :, None, None, :] * of_keys[None, :, :, :, None]).reshape(rows, num_heads, -1)  # [R, N, 2K * H]
+    scores = jnp.einsum("rnd,rsd->rns", wide, kv, preferred_element_type=jnp.float32)
+    weights, total = _softmax(scores, visible, scale, soft_cap)  # [R, N, S], [R, N]
+    out = jnp.einsum("rns,rsd->rnd", weights.astype(q.dtype), kv, preferred_element_type=jnp.float32)
+    values = out.reshape(rows, num_heads, num_kv_heads, 2, head_dim)[:, :, :, 1]  # [R, N, K, H]
+    out = jnp.sum(values * own_head.astype(jnp.float32)[None, :, :, None], axis=2) / total[..., None]
+    return out[:, None].astype(q.dtype)
+
+
+def _softmax(
+    scores: jax.Array, visible: jax.Array, scale: float, soft_cap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Weights over the last axis, not yet divided by their sum, and that sum; float32."""
+    scores = scores * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(visible, scores, MASKED)
+    # A row of padding sees no key at all; the maximum is then MASKED and the weights are uniform, but finite.
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return weights, jnp.sum(weights, axis=-1)
 
 
 def _to_bits(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
