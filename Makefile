@@ -4,6 +4,7 @@
 #   make check    lint and types only
 #   make slow     the tests marked slow
 #   make compat   the core tests on the oldest supported jax, in .venv-oldest (Python 3.11 to 3.13)
+#   make system   Debian's chromium and promtool, for the tests that look at the page and the alert rules (needs root)
 #   make bench    the offline benchmark, one JSON line
 #   make clean    removes both environments and what was built
 # PYTHON names the interpreter that makes the environments: make test PYTHON=python3.12
@@ -20,7 +21,7 @@ RUN_READY := $(VENV)/.ready-to-run
 TEST_READY := $(VENV)/.ready-to-test
 OLDEST_READY := $(OLDEST)/.ready-to-test
 
-.PHONY: help demo test check lint types slow compat bench clean
+.PHONY: help demo test check lint types slow compat system bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +64,11 @@ slow: $(TEST_READY)
 
 compat: $(OLDEST_READY)
 	$(OLDEST)/bin/pytest -n 2 -m "not slow" tests/kernels tests/engine
+
+# Without them those tests are skipped, and say so.
+system:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver prometheus
 
 check: lint types
 

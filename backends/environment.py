@@ -59,3 +59,17 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
         if line.startswith(("flags", "Features")):
             return frozenset(line.split(":", 1)[1].split())
     return frozenset()
+
+
+def api_keys() -> tuple[str, ...]:
+    """Keys that requests to a server must bear: $QUIRE_API_KEYS, separated by commas."""
+    return _listed("QUIRE_API_KEYS")
+
+
+def admin_keys() -> tuple[str, ...]:
+    """Keys that open a server's admin endpoints: $QUIRE_ADMIN_KEYS, separated by commas."""
+    return _listed("QUIRE_ADMIN_KEYS")
+
+
+def _listed(name: str) -> tuple[str, ...]:
+    return tuple(key for part in os.environ.get(name, "").split(",") if (key := part.strip()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -172,6 +173,59 @@ class ResolvedConfig:
     max_logprobs: int
     limits: StepLimits
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """The scheduler settings that can change while serving: none of them changes a compiled shape."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    batching: BatchingPolicy
+    batching_window: float
+    scheduling_policy: Literal["fcfs", "priority"]
+    priority_seconds: float
+
+    @classmethod
+    def of(cls, options: SchedulerOptions, resolved: ResolvedConfig) -> LiveSettings:
+        """What the engine starts with."""
+        return cls(
+            max_num_seqs=resolved.max_num_seqs,
+            max_num_batched_tokens=resolved.max_num_batched_tokens,
+            batching=options.batching,
+            batching_window=options.batching_window,
+            scheduling_policy=options.scheduling_policy,
+            priority_seconds=options.priority_seconds,
+        )
+
+    @property
+    def effective_priority_seconds(self) -> float:
+        """Seconds of delay per unit of priority; 0 where requests are served in order of arrival."""
+        return self.priority_seconds if self.scheduling_policy == "priority" else 0.0
+
+    def changed(self, changes: Mapping[str, object], resolved: ResolvedConfig) -> LiveSettings:
+        """These settings with `changes`. Raises InvalidConfigError for what is unknown, or beyond what was compiled."""
+        options = {option.name: option for option in fields(SchedulerOptions)}
+        for name, value in changes.items():
+            if name not in {setting.name for setting in fields(self)}:
+                known = ", ".join(setting.name for setting in fields(self))
+                raise InvalidConfigError(f"{name} cannot be changed while serving; these can: {known}")
+            if value is None:
+                raise InvalidConfigError(f"{name} must not be null")
+            _check_value(options[name], value)
+        settings = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        if settings.max_num_seqs > resolved.max_num_seqs:
+            raise InvalidConfigError(
+                f"max_num_seqs={settings.max_num_seqs} is more than the {resolved.max_num_seqs} that shapes were compiled for; "
+                "start the server with more"
+            )
+        least, most = settings.max_num_seqs + resolved.limits.tile_size, resolved.max_num_batched_tokens
+        if not least <= settings.max_num_batched_tokens <= most:
+            raise InvalidConfigError(
+                f"max_num_batched_tokens={settings.max_num_batched_tokens} must be at least {least} (a decode row of each of "
+                f"max_num_seqs={settings.max_num_seqs} requests and a prefill tile) and at most {most}, as compiled"
+            )
+        return settings
 
 
 def resolve_dtype(config: EngineConfig, model: ModelConfig, capabilities: Capabilities) -> str:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-from quire.backends.base import Backend, ShapeLimits
+from quire.backends.base import Backend, Capabilities, ShapeLimits
 from quire.backends.environment import cache_folder
 from quire.backends.select import select_backend
-from quire.engine.admission import make_admission_policy
-from quire.engine.config import EngineConfig, ResolvedConfig, resolve, resolve_block_size, resolve_dtype
+from quire.engine.admission import AdmissionPolicy, make_admission_policy
+from quire.engine.config import (
+    EngineConfig,
+    LiveSettings,
+    ResolvedConfig,
+    resolve,
+    resolve_block_size,
+    resolve_dtype,
+)
 from quire.engine.device_state import cache_block_bytes
 from quire.engine.kv_cache_manager import KVCacheManager
-from quire.engine.metrics import EngineStats, StepSeconds
+from quire.engine.metrics import EngineStats, IdleClock, StepSeconds
 from quire.engine.model_runner import Dispatched, ModelRunner, RunnerConfig
 from quire.engine.request import EngineCoreRequest
 from quire.engine.scheduler import Scheduler
@@ -76,12 +83,14 @@ class EngineCore:
         self.config = _resolve(config, self.model.config, backend)
         for note in self.config.notes:
             logger.info("%s", note)
+        self.settings = LiveSettings.of(config.scheduler, self.config)
         self.scheduler = _make_scheduler(config, self.config)
         self.runner = _make_runner(config, self.config, self.model.config, backend, params)
         self._max_in_flight = 1 if config.scheduler.async_scheduling else 0
         self._in_flight: deque[Dispatched] = deque()
         self._dead: BaseException | None = None
         self.seconds = StepSeconds()
+        self._idle = IdleClock()
         warm_up_seconds = self.runner.warm_up(lambda done, total, what: progress("compile", done, total, what))
         self.ready_seconds = time.perf_counter() - begin
         logger.info("ready after %.1f s, %.1f s of it compiling", self.ready_seconds, warm_up_seconds)
@@ -126,14 +135,43 @@ class EngineCore:
             scheduled = self.scheduler.schedule()
         if scheduled is not None:
             with self.seconds.measure("launch"):
+                self._idle.launched()
                 self._in_flight.append(self.runner.execute(scheduled))
         if not self._in_flight or (scheduled is not None and len(self._in_flight) <= self._max_in_flight):
             return []
         dispatched = self._in_flight.popleft()
         with self.seconds.measure("wait"):
             self.runner.wait(dispatched)
+        if not self._in_flight:
+            self._idle.drained()
         with self.seconds.measure("update"):
             return self.scheduler.update_from_output(dispatched.step, self.runner.read(dispatched))
+
+    def configure(self, changes: Mapping[str, object]) -> LiveSettings:
+        """Changes scheduler settings while serving; requests already queued keep their place. Returns what holds now.
+
+        Raises InvalidConfigError, and changes nothing, for an unknown setting or a value that the compiled shapes cannot serve.
+        """
+        settings = self.settings.changed(changes, self.config)
+        if settings != self.settings:
+            self.scheduler.reconfigure(
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                priority_seconds=settings.effective_priority_seconds,
+            )
+        if (settings.batching, settings.batching_window, settings.max_num_seqs) != (
+            self.settings.batching,
+            self.settings.batching_window,
+            self.settings.max_num_seqs,
+        ):
+            self.scheduler.set_admission_policy(_admission(settings))
+        self.settings = settings
+        return settings
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the device can do."""
+        return self._backend.capabilities
 
     def profile(self, folder: Path) -> AbstractContextManager[object]:
         """Records what the device does inside the context, into `folder`, for the backend's profile viewer."""
@@ -141,7 +179,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """A reading of every gauge and counter."""
-        return EngineStats.read(self.scheduler, self.runner, self.seconds)
+        return EngineStats.read(self.scheduler, self.runner, self.seconds, self._idle)
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -185,8 +223,14 @@ def _resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Reso
     )
 
 
+def _admission(settings: LiveSettings) -> AdmissionPolicy:
+    return make_admission_policy(
+        settings.batching, window_seconds=settings.batching_window, max_num_seqs=settings.max_num_seqs
+    )
+
+
 def _make_scheduler(config: EngineConfig, resolved: ResolvedConfig) -> Scheduler:
-    options = config.scheduler
+    settings = LiveSettings.of(config.scheduler, resolved)
     return Scheduler(
         KVCacheManager(
             resolved.num_kv_blocks,
@@ -198,11 +242,9 @@ def _make_scheduler(config: EngineConfig, resolved: ResolvedConfig) -> Scheduler
         max_num_seqs=resolved.max_num_seqs,
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         max_model_len=resolved.max_model_len,
-        admission=make_admission_policy(
-            options.batching, window_seconds=options.batching_window, max_num_seqs=resolved.max_num_seqs
-        ),
-        decode_steps_per_dispatch=options.decode_steps_per_dispatch,
-        priority_seconds=options.priority_seconds if options.scheduling_policy == "priority" else 0.0,
+        admission=_admission(settings),
+        decode_steps_per_dispatch=config.scheduler.decode_steps_per_dispatch,
+        priority_seconds=settings.effective_priority_seconds,
     )
 
 

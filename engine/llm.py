@@ -53,7 +53,7 @@ class LLM:
         """
         config = EngineConfig.from_arguments(model=model, **settings)
         self.config = config
-        self.tokenizer = _load_tokenizer(config)
+        self.tokenizer = load_tokenizer_of(config)
         with show_progress() as bar:
             self._core = EngineCore(config, progress or bar, backend)
         model_config, resolved = self._core.model.config, self._core.config
@@ -268,7 +268,7 @@ def _interrupts_deferred() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+def load_tokenizer_of(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer; None for random weights of a folder that has none, since such a model has no text anyway."""
     folder = resolve_model(config.model.tokenizer or config.model.model)
     try:

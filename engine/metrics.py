@@ -30,6 +30,29 @@ class StepSeconds:
             setattr(self, part, getattr(self, part) + time.perf_counter() - begin)
 
 
+class IdleClock:
+    """Seconds in which the device had nothing to do, since the clock was made."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._since: float | None = time.perf_counter()
+
+    def launched(self) -> None:
+        """A step was given to the device."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def drained(self) -> None:
+        """The last step in flight has come back."""
+        self._since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far, up to this moment where the device is idle."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
 @dataclass(frozen=True)
 class EngineStats:
     """One reading. Counts since the start, except the gauges in the first group."""
@@ -55,9 +78,10 @@ class EngineStats:
     launch_seconds: float
     wait_seconds: float
     update_seconds: float
+    idle_seconds: float
 
     @classmethod
-    def read(cls, scheduler: Scheduler, runner: ModelRunner, seconds: StepSeconds) -> EngineStats:
+    def read(cls, scheduler: Scheduler, runner: ModelRunner, seconds: StepSeconds, idle: IdleClock) -> EngineStats:
         """Reads everything now; takes microseconds per running request."""
         usage = scheduler.kv_cache.usage(scheduler.running)
         return cls(
@@ -81,4 +105,5 @@ class EngineStats:
             launch_seconds=seconds.launch,
             wait_seconds=seconds.wait,
             update_seconds=seconds.update,
+            idle_seconds=idle.seconds,
         )

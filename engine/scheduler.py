@@ -86,6 +86,7 @@ class Scheduler:
         assert max_num_seqs <= limits.max_decode_rows, (max_num_seqs, limits)
         self.kv_cache = kv_cache
         self.limits = limits
+        self.num_slots = max_num_seqs
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -152,9 +153,15 @@ class Scheduler:
         return bool(self.requests)
 
     def set_admission_policy(self, policy: AdmissionPolicy) -> None:
-        """Changes how waiting requests are let in. Only while nothing runs, since a policy remembers its batch."""
-        assert not self.running, "change the policy between batches"
+        """Changes how waiting requests are let in. What runs goes on; a static batch forms once it has ended."""
         self._admission = policy
+
+    def reconfigure(self, *, max_num_seqs: int, max_num_batched_tokens: int, priority_seconds: float) -> None:
+        """Changes the limits of later steps, within what was compiled. Requests in excess run on to their end."""
+        assert 1 <= max_num_seqs <= self.num_slots, (max_num_seqs, self.num_slots)
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self._priority_seconds = priority_seconds
 
     # ---- a step
 
@@ -219,7 +226,7 @@ class Scheduler:
 
     def _new_plan(self) -> _Plan:
         num_admissible = 0
-        if self.waiting and self._free_slots:
+        if self.waiting and len(self.running) < self.max_num_seqs:
             num_admissible = self._admission.num_admissible(self.waiting, self.running, self._clock())
         can_repeat = (
             self._decode_steps_per_dispatch > 1
@@ -315,7 +322,7 @@ class Scheduler:
         while (
             num_passed < min(len(self.waiting), MAX_PASSED_OVER)
             and len(plan.admitted) < plan.num_admissible
-            and self._free_slots
+            and len(self.running) < self.max_num_seqs
             and plan.tiles_left
             and plan.tokens_left > 0
         ):
@@ -443,7 +450,7 @@ class Scheduler:
         assert len(self.requests) == len(self.running) + len(self.waiting)
         assert all(not request.block_ids and request.slot < 0 for request in self.waiting)
         slots = [request.slot for request in self.running]
-        assert sorted([*slots, *self._free_slots]) == list(range(self.max_num_seqs)), (slots, self._free_slots)
+        assert sorted([*slots, *self._free_slots]) == list(range(self.num_slots)), (slots, self._free_slots)
         assert _is_sorted(self.running)
         assert _is_sorted(self.waiting)
 

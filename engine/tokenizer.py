@@ -83,6 +83,12 @@ class Tokenizer:
         return text
 
     @property
+    def chat_template(self) -> str | None:
+        """The chat template's source, None where the model came with none; the default one of several."""
+        template = self._hf.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model came with a chat template."""
         return bool(self._hf.chat_template)

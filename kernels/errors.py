@@ -9,7 +9,10 @@
     ├── BackendError                         a device that is absent or cannot do what was asked
     │   └── KernelUnavailableError           an implementation asked for by name that cannot run here
     ├── OutOfBlocksError                     the KV cache cannot hold even one request
-    └── EngineDeadError                      the engine failed earlier and takes no more work
+    ├── EngineDeadError                      the engine failed earlier and takes no more work
+    ├── NotServingError                      the server takes no request now: it is starting, or about to stop
+    ├── QueueFullError                       more requests or prompt tokens wait than the server was told to hold
+    └── RequestTimeoutError                  a request took longer than it was given
 
 The tree stands on the lowest floor because every floor raises from it; users import it from `quire.engine`.
 A message says what was wrong, the value, and the remedy.
@@ -58,3 +61,19 @@ class OutOfBlocksError(QuireError):
 
 class EngineDeadError(QuireError):
     """The engine failed earlier and takes no more work."""
+
+
+class NotServingError(QuireError):
+    """The server takes no request now: it is starting, draining, or was stopped while the request ran."""
+
+
+class QueueFullError(QuireError):
+    """More requests or prompt tokens wait than the server was told to hold. `retry_after` is when to try again, in seconds."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestTimeoutError(QuireError):
+    """A request took longer than it was given."""
