@@ -49,10 +49,10 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--num-requests", type=int, default=64)
     parser.add_argument(
-        "--input-len", type=_length_range, default=(16, 512), help="tokens of a prompt: LEAST-MOST or one number"
+        "--input-len", type=length_range, default=(16, 512), help="tokens of a prompt: LEAST-MOST or one number"
     )
     parser.add_argument(
-        "--output-len", type=_length_range, default=(16, 256), help="tokens of an output: LEAST-MOST or one number"
+        "--output-len", type=length_range, default=(16, 256), help="tokens of an output: LEAST-MOST or one number"
     )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--workload-seed", type=int, default=0)
@@ -213,7 +213,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _length_range(text: str) -> tuple[int, int]:
+def length_range(text: str) -> tuple[int, int]:
     least, _, most = text.partition("-")
     try:
         bounds = int(least), int(most or least)

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quire.kernels.errors import QuireError
 from quire.server import chat, completions, openapi, operations, page, responses, tgi, tokens
 from quire.server.engine_client import TRACEPARENT
-from quire.server.middleware import wrap
+from quire.server.middleware import load_keys, wrap
 from quire.server.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def make_app(state: ServerState) -> ASGIApp:
                 title="quire",
                 version=importlib.metadata.version("quire"),
                 root_path=state.settings.root_path,
-                has_keys=bool(state.settings.api_keys or state.settings.api_key_file),
+                has_keys=bool(load_keys(state.settings)),
             ),
         ],
         exception_handlers={QuireError: _on_error, HTTPException: _on_http_error, Exception: _on_bug},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from quire.bench import offline, scheduler
+from quire.bench import compare, offline, scheduler, serve
 
 
 def add_command(commands: Any) -> None:
     """Adds the command, with one sub-command per benchmark."""
-    parser = commands.add_parser("bench", help="measure; each benchmark prints one JSON line")
+    parser = commands.add_parser(
+        "bench", help="measure; each benchmark prints one JSON line; compare says better or worse"
+    )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for module in (offline, scheduler):
+    for module in (offline, scheduler, serve, compare):
         module.add_command(benchmarks)

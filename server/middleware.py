@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.backends.environment import admin_keys, api_keys
-from quire.kernels.errors import InvalidConfigError, InvalidRequestError
+from quire.kernels.errors import InvalidConfigError
 from quire.server.responses import CLIENT_CLOSED_REQUEST, ErrorDetail, ErrorResponse, json_response
 from quire.server.settings import ServerSettings
 from quire.server.state import ServerState
@@ -114,10 +114,6 @@ def _path(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", "")) or "/"
 
 
-class BodyTooLargeError(InvalidRequestError):
-    """A body beyond the limit, noticed while it came in."""
-
-
 class BodyLimit:
     """Refuses bodies beyond a size, at once where their length is declared, else when they have grown past it."""
 
@@ -133,26 +129,25 @@ class BodyLimit:
         if not declared.isdigit() or int(declared) > self._max_bytes:
             await self._refuse(scope, receive, send)
             return
-        num_bytes, has_begun = 0, False
+        num_bytes, is_too_large, has_begun = 0, False, False
 
         async def counted() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, is_too_large
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise BodyTooLargeError("the body is too large")
+            if num_bytes > self._max_bytes and message["type"] == "http.request":
+                is_too_large = True
+                return {"type": "http.request", "body": b"", "more_body": False}  # whatever is made of it is not sent
             return message
 
         async def noted(message: Message) -> None:
             nonlocal has_begun
-            has_begun = True
-            await send(message)
+            if has_begun or not is_too_large:
+                has_begun = True
+                await send(message)
 
-        try:
-            await self._app(scope, counted, noted)
-        except BodyTooLargeError:
-            if has_begun:
-                raise
+        await self._app(scope, counted, noted)
+        if is_too_large and not has_begun:
             await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:

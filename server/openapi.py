@@ -81,13 +81,25 @@ def _error(status: int, type_: type) -> dict[str, Any]:
     return error
 
 
+def _event(operation: Operation) -> dict[str, Any]:
+    """One server-sent event: before OpenAPI 3.2 the schema of a stream is that of each of its events."""
+    assert operation.stream is not None
+    shapes = [_reference(operation.stream), _reference(operation.error_type)]
+    data = {"contentMediaType": "application/json", "contentSchema": {"anyOf": shapes}}
+    return {
+        "type": "object",
+        "description": f"Server-sent events, each a {operation.stream.__name__}, or an error. [DONE] ends OpenAI's streams.",
+        "properties": {"data": {"type": "string", "anyOf": [data, {"const": "[DONE]"}]}},
+        "required": ["data"],
+    }
+
+
 def _operation(operation: Operation, has_keys: bool) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": "Done."}
     if operation.response is not None:
         answer["content"] = _content(operation.response)
     if operation.stream is not None:
-        stream = {"type": "string", "description": f"Server-sent events, each a {operation.stream.__name__}."}
-        answer.setdefault("content", {})["text/event-stream"] = {"schema": stream}
+        answer.setdefault("content", {})["text/event-stream"] = {"schema": _event(operation)}
     statuses = {*operation.errors, *((400, 413) if operation.request else ())}
     statuses |= {401} if has_keys and operation.needs_key else set()
     described: dict[str, Any] = {
@@ -95,10 +107,7 @@ def _operation(operation: Operation, has_keys: bool) -> dict[str, Any]:
         "summary": operation.summary,
         "responses": {
             "200": answer,
-            **{
-                str(status): {"description": _STATUSES[status], "content": _content(ErrorResponse)}
-                for status in sorted(statuses)
-            },
+            **{str(status): _error(status, operation.error_type) for status in sorted(statuses)},
         },
     }
     names = re.findall(r"{(\w+)}", operation.path)

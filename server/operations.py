@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Struct
@@ -41,17 +41,21 @@ class Readiness(Struct):
     progress: float
 
 
+# A whole number that fits whatever it is sent through.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+
+
 class SchedulerChange(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """Settings to change; what is left out stays."""
 
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
+    max_num_seqs: Count | None = None
+    max_num_batched_tokens: Count | None = None
     batching: str | None = None
     batching_window: float | None = None
     scheduling_policy: str | None = None
     priority_seconds: float | None = None
-    max_queued_requests: int | None = None
-    max_queued_tokens: int | None = None
+    max_queued_requests: Count | None = None
+    max_queued_tokens: Count | None = None
 
 
 class SchedulerState(Struct):
@@ -138,6 +142,18 @@ OPERATIONS = (
         Readiness,
         errors=(503,),
         needs_key=False,
+        tag="Operations",
+    ),
+    Operation(
+        "GET", "/admin/scheduler", "Scheduler settings.", None, SchedulerState, errors=(401, 404, 503), tag="Operations"
+    ),
+    Operation(
+        "PATCH",
+        "/admin/scheduler",
+        "Change scheduler settings while serving.",
+        SchedulerChange,
+        SchedulerState,
+        errors=(401, 404, 503),
         tag="Operations",
     ),
     Operation("GET", "/metrics", "Metrics in Prometheus' text format.", None, None, needs_key=False, tag="Operations"),

@@ -159,7 +159,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def tgi_error(error: QuireError) -> tuple[TgiError, int]:
     """An error in TGI's shape, and its status."""
     if isinstance(error, InvalidRequestError):
-        named = f"{error.parameter}: {error}" if error.parameter and error.parameter not in str(error) else str(error)
+        name = "inputs" if error.parameter == "prompt" else error.parameter
+        named = f"{name}: {error}" if name and name not in str(error) else str(error)
         return TgiError(f"Input validation error: {named}", "validation"), 422
     if isinstance(error, QueueFullError):
         return TgiError(str(error), "overloaded"), 429
