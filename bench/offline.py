@@ -214,6 +214,7 @@ def _rounded(value: float) -> float:
 
 
 def length_range(text: str) -> tuple[int, int]:
+    """The type of a length flag: `N`, or `LEAST-MOST`, both counted. Raises argparse.ArgumentTypeError."""
     least, _, most = text.partition("-")
     try:
         bounds = int(least), int(most or least)

@@ -32,10 +32,11 @@ class Server:
     url: str = ""
     admin_key: str = ADMIN_KEY
 
-    def get(self, path: str, timeout: float = 10.0) -> tuple[int, str]:
-        """Status and body of a GET, whatever the status."""
+    def get(self, path: str, timeout: float = 10.0, **headers: str) -> tuple[int, str]:
+        """Status and body of a GET, whatever the status. Header names are given with underscores."""
+        request = urllib.request.Request(self.url + path, headers=_headers(headers))
         try:
-            with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -46,7 +47,7 @@ class Server:
         request = urllib.request.Request(
             self.url + path,
             data=body if isinstance(body, bytes) else json.dumps(body).encode(),
-            headers={"content-type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}},
+            headers={"content-type": "application/json", **_headers(headers)},
         )
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
@@ -90,6 +91,10 @@ class Server:
                     if self.get("/ready")[0] == 200:
                         return
             time.sleep(0.1)
+
+
+def _headers(named: dict[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in named.items()}
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
 from quire.server.protocol import REFUSED
+from tests.server.conftest import ADMIN_KEY
 
 CHECKS = [
     schemathesis.checks.not_a_server_error,
@@ -26,7 +27,9 @@ CHECKS = [
 ]
 POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/generate", "/generate_stream"]
 GETS = ["/v1/models", "/v1/models/{model}", "/version", "/info", "/health", "/ready", "/metrics"]
-PATHS = POSTS + GETS
+ADMIN = "/admin/scheduler"
+PATHS = [*POSTS, *GETS, ADMIN]
+ADMIN_HEADERS = {"authorization": f"Bearer {ADMIN_KEY}"}
 MAX_TOKENS = {"/v1/completions": "max_tokens", "/v1/chat/completions": "max_tokens"}
 
 
@@ -61,7 +64,23 @@ def test_generated_requests_are_answered_as_the_document_says(server, schema, pa
     server.wait_idle()
 
 
-def check(operation, mode):
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+@pytest.mark.parametrize("key", ["", ADMIN_KEY], ids=["without key", "with key"])
+def test_admin_requests_are_answered_as_the_document_says(server, schema, key, mode):
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    before = json.loads(server.get(ADMIN, **ADMIN_HEADERS)[1])["settings"]
+    try:
+        for operation in (found.ok() for found in schema.get_all_operations()):
+            if operation.path == ADMIN and (operation.method != "get" or mode is GenerationMode.POSITIVE):
+                check(operation, mode, headers)
+        if not key:
+            assert json.loads(server.get(ADMIN, **ADMIN_HEADERS)[1])["settings"] == before
+    finally:
+        assert server.post(ADMIN, before, **ADMIN_HEADERS)[0] == 200
+    server.wait_idle()
+
+
+def check(operation, mode, headers=None):
     """Sends what schemathesis makes of one operation."""
     is_fixed = operation.method == "get" and "{" not in operation.path
 
@@ -69,7 +88,7 @@ def check(operation, mode):
     @given(case=operation.as_strategy(mode))
     def sends(case):
         keep_short(case)
-        case.call_and_validate(checks=CHECKS, timeout=30)
+        case.call_and_validate(checks=CHECKS, timeout=30, headers=headers)
 
     sends()
 
