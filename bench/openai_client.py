@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from quire.kernels.errors import NotServingError, QuireError
-
-RETRY_STATUSES = (429, 503)
 
 
 class ApiError(QuireError):
@@ -26,13 +25,25 @@ class ApiError(QuireError):
         self.retry_after = retry_after
 
 
+@dataclass(frozen=True)
+class Answer:
+    """HTTP status, JSON body (text where it is no JSON), and the seconds after which the server wants to be asked again."""
+
+    status: int
+    body: Any
+    retry_after: float | None = None
+
+
 class OpenAIClient:
     """One server. Use it as an async context manager."""
 
     def __init__(
-        self, url: str, api_key: str | None = None, *, uds: Path | None = None, timeout: float = 3600.0
+        self, url: str, api_key: str | None = None, *, uds: Path | None = None, timeout: float | None = 3600.0
     ) -> None:
-        """`uds` is the path of a unix socket to connect to, whatever host `url` names; `timeout` in seconds."""
+        """`uds` is the path of a unix socket to connect to, whatever host `url` names.
+
+        `timeout` is how many seconds one request may take; None: any number.
+        """
         self.url = url.rstrip("/").removesuffix("/v1")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._uds = uds
@@ -58,7 +69,7 @@ class OpenAIClient:
         try:
             async with self._session.get(self.url + path) as response:
                 return response.status, await _json_of(response)
-        except aiohttp.ClientConnectionError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._absent(error) from error
 
     async def model(self) -> str:
@@ -68,19 +79,30 @@ class OpenAIClient:
             raise ApiError(status, body)
         return str(body["data"][0]["id"])
 
-    async def post(self, path: str, body: Any) -> Any:
-        """The JSON answer. Raises ApiError for any other status than 200, NotServingError where nobody answers."""
+    async def send(self, path: str, body: Any, request_id: str | None = None) -> Answer:
+        """Whatever a POST is answered with. `body` is bytes of JSON, or a value.
+
+        Raises NotServingError where nobody answers, or not to the end.
+        """
         assert self._session is not None
+        headers = {} if request_id is None else {"x-request-id": request_id}
+        given: dict[str, Any] = {"json": body}
+        if isinstance(body, bytes):
+            given, headers["content-type"] = {"data": body}, "application/json"
         try:
-            async with self._session.post(self.url + path, json=body) as response:
-                found = await _json_of(response)
-                if response.status != 200:
-                    raise ApiError(response.status, found, _retry_after(response))
-                return found
-        except aiohttp.ClientConnectionError as error:
+            async with self._session.post(self.url + path, headers=headers, **given) as response:
+                return Answer(response.status, await _json_of(response), _retry_after(response))
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._absent(error) from error
 
-    async def stream(self, path: str, body: Any) -> AsyncIterator[bytes]:
+    async def post(self, path: str, body: Any) -> Any:
+        """The JSON answer. Raises ApiError for any other status than 200, NotServingError where nobody answers."""
+        answer = await self.send(path, body)
+        if answer.status != 200:
+            raise ApiError(answer.status, answer.body, answer.retry_after)
+        return answer.body
+
+    async def stream(self, path: str, body: Any) -> AsyncGenerator[bytes]:
         """The data of each event, up to and without [DONE]. Raises as `post` does, and ApiError for an error in the stream."""
         assert self._session is not None
         try:
@@ -96,13 +118,14 @@ class OpenAIClient:
                     if data.startswith(b'{"error"'):
                         raise ApiError(response.status, json.loads(data))
                     yield data
-        except aiohttp.ClientConnectionError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._absent(error) from error
         raise NotServingError("the server closed the stream before its end")
 
     def _absent(self, error: Exception) -> NotServingError:
         where = self.url if self._uds is None else str(self._uds)
-        return NotServingError(f"no server answers at {where} ({error}); start one with: quire serve")
+        why = str(error) or type(error).__name__
+        return NotServingError(f"no server answers at {where} ({why}); start one with: quire serve")
 
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:

@@ -33,7 +33,6 @@ from quire.server.tracing import make_tracer
 logger = logging.getLogger(__name__)
 
 EXIT_ENGINE_DIED = 1
-EXIT_USAGE = 2
 BACKLOG = 2048
 # How long /health goes on telling of a dead engine before the server ends: long enough for a probe to see it.
 LINGER_SECONDS = 1.0
@@ -91,12 +90,12 @@ def run(namespace: argparse.Namespace) -> int:
     settings.check()
     if not namespace.verbose:
         logging.getLogger("quire").setLevel(logging.INFO if settings.access_log != "none" else logging.WARNING)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_Lifetime(settings, engine_arguments(namespace), verbose=namespace.verbose).run())
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(Lifetime(settings, engine_arguments(namespace), verbose=namespace.verbose).run())
 
 
-def _loop_factory() -> Any:
-    """uvloop's loops where it exists."""
+def loop_factory() -> Any:
+    """Makes the event loops of servers and their clients: uvloop's loops where it exists."""
     if sys.platform == "win32":
         return None
     import uvloop
@@ -112,10 +111,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Lifetime:
-    """Everything between start and exit of one server."""
+class Lifetime:
+    """Everything between start and exit of one server.
 
-    def __init__(self, settings: ServerSettings, arguments: dict[str, Any], *, verbose: bool) -> None:
+    `is_private` is a server that nobody else is to know of: it is not announced, and signals are left to its owner,
+    who calls `stop`.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, arguments: dict[str, Any], *, verbose: bool, is_private: bool = False
+    ) -> None:
+        self._is_private = is_private
         self._settings = settings
         self._config = EngineConfig.from_arguments(**arguments)
         self._tracer = make_tracer(settings.otlp_endpoint)
@@ -134,16 +140,17 @@ class _Lifetime:
         self._state = ServerState(
             settings, engine, metrics, model_name, None if template is None else _read_text(template, "chat_template")
         )
-        self._stop = asyncio.Event()
-        self._num_signals = 0
+        self._server = _Server(self._uvicorn_config())
+        self._stopped = asyncio.Event()
 
     async def run(self) -> int:
         """Serves; returns the exit status."""
         listener = _listen(self._settings)
-        server = _Server(self._uvicorn_config())
+        server = self._server
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._take_signal, server)
+        if not self._is_private:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
         await self._engine.start()
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="http")
         telling = asyncio.create_task(self._tell(_describe(listener, self._settings)), name="progress")
@@ -183,16 +190,15 @@ class _Lifetime:
             backlog=BACKLOG,
         )
 
-    def _take_signal(self, server: uvicorn.Server) -> None:
-        """The first signal drains, the second one does not wait."""
-        self._num_signals += 1
-        self._stop.set()
-        if self._num_signals > 1:
+    def stop(self) -> None:
+        """Drains, then ends; called once more, ends at once."""
+        if self._stopped.is_set():
             self._engine.fail_all(NotServingError("the server was told to stop at once"))
-            server.force_exit = True
+            self._server.force_exit = True
+        self._stopped.set()
 
     async def _until_the_end(self, serving: asyncio.Task[None]) -> int:
-        waits = {asyncio.create_task(event.wait()) for event in (self._stop, self._engine.ended)}
+        waits = {asyncio.create_task(event.wait()) for event in (self._stopped, self._engine.ended)}
         await asyncio.wait({serving, *waits}, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
@@ -204,8 +210,7 @@ class _Lifetime:
 
     async def _after_death(self) -> int:
         if self._engine.info is None:  # it never got ready: nobody was served, and the reason is the user's to mend
-            print(f"quire serve: {self._engine.failure}", file=sys.stderr)
-            return EXIT_USAGE
+            raise self._engine.failure or NotServingError("the engine ended before it was ready")
         await asyncio.sleep(LINGER_SECONDS)
         return EXIT_ENGINE_DIED
 
@@ -226,7 +231,8 @@ class _Lifetime:
 
     async def _tell(self, where: str) -> None:
         """Shows how far start-up is, then that it is done."""
-        print(f"quire serves {self._state.model_name} at {where}, once it is ready", file=sys.stderr, flush=True)
+        if not self._is_private:
+            print(f"quire serves {self._state.model_name} at {where}, once it is ready", file=sys.stderr, flush=True)
         with show_progress() as bar:
             shown = None
             while self._engine.state is EngineState.STARTING:
