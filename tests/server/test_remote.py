@@ -89,9 +89,17 @@ class Terminal:
     """A command on a terminal of its own."""
 
     def __init__(self, *arguments):
-        self.process_id, self.file = pty.fork()
-        if self.process_id == 0:
-            os.execve(sys.executable, [*QUIRE, *map(str, arguments)], {**os.environ, "TERM": "dumb"})
+        # Not pty.fork(): jax warns of every fork by Python code, and other tests of this process may have started it.
+        self.file, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [*QUIRE, *map(str, arguments)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "dumb"},
+            start_new_session=True,
+        )
+        os.close(theirs)
         self.text = ""
 
     def wait_for(self, wanted, seconds=60):
@@ -111,7 +119,7 @@ class Terminal:
 
     def end(self):
         """The exit status."""
-        status = os.waitstatus_to_exitcode(os.waitpid(self.process_id, 0)[1])
+        status = self.process.wait(timeout=30)
         os.close(self.file)
         return status
 
@@ -155,7 +163,7 @@ def test_an_answer_can_be_interrupted_and_the_conversation_goes_on(server):
     while server.metrics()["vllm:num_requests_running"] == 0:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(chat.process_id, signal.SIGINT)
+    chat.process.send_signal(signal.SIGINT)
     chat.wait_for("[ended]")
     chat.wait_for("> ")
     server.wait_idle()
