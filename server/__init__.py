@@ -1,1 +1,1 @@
-"""The command line, and in time the ASGI server: the outermost floor, which knows the engine and which nothing knows."""
+"""The ASGI server around an engine in its own process, and the command line: the outermost floor, which knows the engine."""
