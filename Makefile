@@ -17,6 +17,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 # A stamp per set of dependencies, touched once they are installed; pyproject.toml says what they are.
+# What the CPU kernels are built from when the package is installed; without a C++ compiler it is installed without them.
+NATIVE := setup.py $(wildcard kernels/*/*.cc kernels/*/*.h)
 RUN_READY := $(VENV)/.ready-to-run
 TEST_READY := $(VENV)/.ready-to-test
 OLDEST_READY := $(OLDEST)/.ready-to-test
@@ -36,18 +38,18 @@ define make_environment
 	@$(PYTHON) -m venv $(@D)
 endef
 
-$(RUN_READY): pyproject.toml
+$(RUN_READY): pyproject.toml $(NATIVE)
 	$(make_environment)
 	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(TEST_READY): pyproject.toml
+$(TEST_READY): pyproject.toml $(NATIVE)
 	$(make_environment)
 	@$(BIN)/python -m pip install --quiet --editable '.[test,dev,train]'
 	@touch $@ $(RUN_READY)
 
 # Without torch, which is only the oracle of tests/models.
-$(OLDEST_READY): pyproject.toml
+$(OLDEST_READY): pyproject.toml $(NATIVE)
 	$(make_environment)
 	@$(OLDEST)/bin/python -m pip install --quiet --editable . jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
 		pytest pytest-xdist hypothesis scipy

@@ -70,6 +70,9 @@ class CpuBackend:
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_size=block_size,
+            scan_layers=self.capabilities.scan_layers,
+            has_experts=config.moe is not None,
+            instruction_sets=cpu_flags(),
         )
         return choose_ops(context, wanted)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from quire.backends.base import Backend, Capabilities, ShapeLimits
 from quire.backends.environment import cache_folder
@@ -33,10 +34,11 @@ from quire.engine.scheduler import Scheduler
 from quire.engine.step import StepConfig
 from quire.engine.step_data import EngineCoreOutput
 from quire.kernels.errors import EngineDeadError, InvalidConfigError
+from quire.kernels.ops import Ops
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import load_params, resolve_model
 from quire.models.config import ModelConfig
-from quire.models.params import init_params
+from quire.models.params import ParamSpec, as_array, init_params
 from quire.models.registry import load_config
 
 logger = logging.getLogger(__name__)
@@ -79,13 +81,14 @@ class EngineCore:
         _resolve(
             config, self.model.config, backend
         )  # settings that cannot work are refused before the weights are read
-        params = _load(config, self.model, backend, progress)
+        ops = _choose_ops(config, self.model.config, backend)
+        params = _load(config, self.model, backend, ops, progress)
         self.config = _resolve(config, self.model.config, backend)
         for note in self.config.notes:
             logger.info("%s", note)
         self.settings = LiveSettings.of(config.scheduler, self.config)
         self.scheduler = _make_scheduler(config, self.config)
-        self.runner = _make_runner(config, self.config, self.model.config, backend, params)
+        self.runner = _make_runner(config, self.config, self.model.config, backend, ops, params)
         self._max_in_flight = 1 if config.scheduler.async_scheduling else 0
         self._in_flight: deque[Dispatched] = deque()
         self._dead: BaseException | None = None
@@ -196,16 +199,32 @@ def _enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _load(config: EngineConfig, model: LoadedModel, backend: Backend, progress: Progress) -> object:
+def _choose_ops(config: EngineConfig, model: ModelConfig, backend: Backend) -> Ops:
+    block_size = resolve_block_size(config, backend.capabilities)
+    dtype = resolve_dtype(config, model, backend.capabilities)
+    ops = backend.select_ops(model, dtype, block_size, _wanted_kernels(config.device.kernels))
+    logger.info("kernels: %s", ops.describe().replace("\n", ", "))
+    return ops
+
+
+def _load(config: EngineConfig, model: LoadedModel, backend: Backend, ops: Ops, progress: Progress) -> object:
     dtype = jax.numpy.dtype(resolve_dtype(config, model.config, backend.capabilities))
     stacked = backend.capabilities.scan_layers
+
+    def place(spec: ParamSpec, array: np.ndarray) -> object:
+        if not spec.is_product_weight(model.config) or stacked:
+            return as_array(spec, array)
+        # The embedding is [V, D]; what is multiplied with is its transpose.
+        return ops.linear.function(array.T if spec.name == "embed_tokens" else array, "none")
+
     if config.model.load_format == "dummy":
-        return init_params(model.config, config.model.seed, dtype, stacked=stacked)
+        return init_params(model.config, config.model.seed, dtype, stacked=stacked, place=place)
     return load_params(
         model.folder,
         model.config,
         dtype,
         stacked=stacked,
+        place=place,
         progress=lambda done, total: progress("load", done, total, "tensors"),
     )
 
@@ -249,10 +268,8 @@ def _make_scheduler(config: EngineConfig, resolved: ResolvedConfig) -> Scheduler
 
 
 def _make_runner(
-    config: EngineConfig, resolved: ResolvedConfig, model: ModelConfig, backend: Backend, params: object
+    config: EngineConfig, resolved: ResolvedConfig, model: ModelConfig, backend: Backend, ops: Ops, params: object
 ) -> ModelRunner:
-    ops = backend.select_ops(model, resolved.dtype, resolved.block_size, _wanted_kernels(config.device.kernels))
-    logger.info("kernels: %s", ops.describe().replace("\n", ", "))
     most = SamplingMode[config.device.sampling.upper()]
     shapes = backend.step_shapes(
         ShapeLimits(

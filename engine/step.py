@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from quire.backends.base import Program, StepShape
 from quire.engine.block_pool import NULL_BLOCK
 from quire.engine.device_state import DeviceState, Slots
+from quire.kernels.decoder_layer.contract import RowsOfTokens, StepPlaces
 from quire.kernels.ops import Ops
 from quire.kernels.sampling.reference import compute_logprobs
 from quire.kernels.sampling.rows import Logprobs, SamplingMode, SamplingRows
 from quire.models.config import ModelConfig
-from quire.models.decoder import Attend, LayerInfo, compute_logits, forward
+from quire.models.decoder import Attend, LayerInfo, RunLayer, compute_logits, forward, layer_spec
+from quire.models.params import Layer
 
 
 @flax.struct.dataclass
@@ -103,9 +105,10 @@ def _one_step(
     config: StepConfig, shape: StepShape, params: Any, state: DeviceState, inputs: ModelInput
 ) -> tuple[DeviceState, StepOutput]:
     rectangles = _lay_out(shape, config.block_size, state.slots, inputs)
-    attend = _make_attend(config, shape, inputs, rectangles)
+    places = _places_of_step(shape, inputs, rectangles)
+    attend, run_layer = _make_attend(config, places), _make_run_layer(config, places)
     hidden, kv_cache = forward(
-        params, config.model, rectangles.token_ids, rectangles.positions, state.kv_cache, attend
+        params, config.model, rectangles.token_ids, rectangles.positions, state.kv_cache, attend, run_layer
     )  # [T, D]
     logits = compute_logits(params, config.model, hidden[rectangles.last_token])  # [R + P, V]
     rows = _sampling_rows(state.slots, rectangles.slots, shape.sampling)
@@ -157,39 +160,61 @@ def _places(
     return blocks.reshape(-1), jnp.where(is_real, positions % block_size, 0).reshape(-1)
 
 
-def _make_attend(config: StepConfig, shape: StepShape, inputs: ModelInput, rectangles: _Rectangles) -> Attend:
-    """Attention for the model: writes the layer's keys and values, then calls the op once per rectangle."""
-    model, num_rows = config.model, shape.decode_rows
-    parts = []  # (tokens, width, block tables, sequence lengths, query lengths)
-    if num_rows:
+def _places_of_step(shape: StepShape, inputs: ModelInput, rectangles: _Rectangles) -> StepPlaces:
+    parts = []
+    if shape.decode_rows:
         lens = (rectangles.decode_lens, rectangles.decode_query_lens)
-        parts.append((slice(0, num_rows), 1, inputs.decode_tables, *lens))
+        parts.append(RowsOfTokens(1, inputs.decode_tables, *lens))
     if shape.prefill_tiles:
-        lens = (rectangles.tile_lens, inputs.tile_lens)
-        parts.append((slice(num_rows, None), shape.tile_size, inputs.tile_tables, *lens))
+        parts.append(RowsOfTokens(shape.tile_size, inputs.tile_tables, rectangles.tile_lens, inputs.tile_lens))
+    return StepPlaces(rectangles.write_blocks, rectangles.write_offsets, parts)
+
+
+def _make_attend(config: StepConfig, places: StepPlaces) -> Attend:
+    """Attention for the model: writes the layer's keys and values, then calls the op once per rectangle."""
+    model = config.model
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: Any, info: LayerInfo
     ) -> tuple[jax.Array, jax.Array | tuple[jax.Array, ...]]:
         cache, first_block = _layer_cache(kv_cache, info, model.num_layers)
-        blocks = rectangles.write_blocks + first_block
-        cache = config.ops.write_kv.function(cache, k, v, blocks, rectangles.write_offsets)
-        outs = []
-        for tokens, width, tables, seq_lens, query_lens in parts:
+        blocks = places.write_blocks + first_block
+        cache = config.ops.write_kv.function(cache, k, v, blocks, places.write_offsets)
+        outs, first = [], 0
+        for rows in places.rectangles:
+            end = first + rows.block_tables.shape[0] * rows.width
             out = config.ops.paged_attention.function(
-                q[tokens].reshape(-1, width, *q.shape[1:]),  # [rows, width, N_q, H]
+                q[first:end].reshape(-1, rows.width, *q.shape[1:]),  # [rows, width, N_q, H]
                 cache,
-                tables + first_block,
-                seq_lens,
-                query_lens,
+                rows.block_tables + first_block,
+                rows.seq_lens,
+                rows.query_lens,
                 scale=model.attention_scale,
                 sliding_window=info.sliding_window,
                 soft_cap=model.attention_soft_cap,
             )
             outs.append(out.reshape(-1, *q.shape[1:]))
+            first = end
         return jnp.concatenate(outs) if len(outs) > 1 else outs[0], _with_layer_cache(kv_cache, info, cache)
 
     return attend
+
+
+def _make_run_layer(config: StepConfig, places: StepPlaces) -> RunLayer | None:
+    """A whole layer as one op, where the device has it."""
+    fused = config.ops.fused_layer
+    if fused is None:
+        return None
+
+    def run_layer(
+        layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], kv_cache: Any, info: LayerInfo
+    ) -> tuple[jax.Array, Any]:
+        cache, _ = _layer_cache(kv_cache, info, config.model.num_layers)
+        assert info.sliding_window is None or isinstance(info.sliding_window, int), "fused layers are unrolled"
+        x, cache = fused(layer, x, rope, cache, places, layer_spec(config.model, info.sliding_window))
+        return x, _with_layer_cache(kv_cache, info, cache)
+
+    return run_layer
 
 
 def _layer_cache(kv_cache: Any, info: LayerInfo, num_layers: int) -> tuple[jax.Array, Any]:

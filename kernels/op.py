@@ -27,6 +27,10 @@ class OpContext:
     num_kv_heads: int
     head_dim: int
     block_size: int
+    scan_layers: bool = False
+    has_experts: bool = False
+    instruction_sets: frozenset[str] = frozenset()
+    """What the host's processor can do, as Linux names it; for CPUs only."""
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,86 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import quire.kernels.decoder_layer.cpu as decoder_layer_cpu
+import quire.kernels.linear.cpu as linear_cpu
+import quire.kernels.linear.reference as linear_reference
+import quire.kernels.paged_attention.cpu as attention_cpu
+import quire.kernels.paged_attention.reference as attention_reference
+from quire.kernels.decoder_layer.contract import DecoderLayer
 from quire.kernels.errors import KernelUnavailableError
+from quire.kernels.linear.contract import PrepareWeight
+from quire.kernels.native import library
 from quire.kernels.op import Choice, Implementation, Op, OpContext
 from quire.kernels.paged_attention.contract import PagedAttention, WriteKV
-from quire.kernels.paged_attention.reference import paged_attention, write_kv
 from quire.kernels.sampling.contract import Sample
 from quire.kernels.sampling.reference import sample
 
-WRITE_KV: Op[WriteKV] = Op("write_kv", (Implementation("reference", write_kv),))
-PAGED_ATTENTION: Op[PagedAttention] = Op("paged_attention", (Implementation("reference", paged_attention),))
-SAMPLE: Op[Sample] = Op("sample", (Implementation("reference", sample),))
-OPS: tuple[Op[Any], ...] = (WRITE_KV, PAGED_ATTENTION, SAMPLE)
+REFERENCE = "reference"
+COMPOSED = "composed"
+
+
+def _native(
+    function: Callable[..., Any], refuses: Callable[[str, OpContext], str | None] = library.refuses
+) -> tuple[Implementation[Any], ...]:
+    """The C++ implementation of an op, once for each instruction set."""
+    return tuple(
+        Implementation(f"native_{name}", partial(function, name), partial(refuses, name))
+        for name in library.INSTRUCTION_SETS
+    )
+
+
+def _layer_refuses(instruction_set: str, context: OpContext) -> str | None:
+    if context.has_experts:
+        return "experts are not part of it"
+    return library.refuses(instruction_set, context)
+
+
+def _composed(*_: Any, **__: Any) -> Any:
+    raise AssertionError("quire.models.decoder composes the layer itself")
+
+
+LINEAR: Op[PrepareWeight] = Op(
+    "linear", (*_native(linear_cpu.prepare), Implementation(REFERENCE, linear_reference.prepare))
+)
+WRITE_KV: Op[WriteKV] = Op(
+    "write_kv", (*_native(attention_cpu.write_kv), Implementation(REFERENCE, attention_reference.write_kv))
+)
+PAGED_ATTENTION: Op[PagedAttention] = Op(
+    "paged_attention",
+    (*_native(attention_cpu.paged_attention), Implementation(REFERENCE, attention_reference.paged_attention)),
+)
+DECODER_LAYER: Op[DecoderLayer] = Op(
+    "decoder_layer",
+    (*_native(decoder_layer_cpu.decoder_layer, _layer_refuses), Implementation(COMPOSED, _composed)),
+)
+SAMPLE: Op[Sample] = Op("sample", (Implementation(REFERENCE, sample),))
+OPS: tuple[Op[Any], ...] = (LINEAR, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
 
 
 @dataclass(frozen=True)
 class Ops:
     """One chosen implementation per op."""
 
+    linear: Choice[PrepareWeight]
     write_kv: Choice[WriteKV]
     paged_attention: Choice[PagedAttention]
+    decoder_layer: Choice[DecoderLayer]
     sample: Choice[Sample]
+
+    @property
+    def fused_layer(self) -> DecoderLayer | None:
+        """The op that runs a whole layer; None where the model composes it from the others."""
+        return None if self.decoder_layer.name == COMPOSED else self.decoder_layer.function
 
     def describe(self) -> str:
         """One line per op: what runs, and why not something else."""
-        return "\n".join(choice.describe() for choice in (self.write_kv, self.paged_attention, self.sample))
+        return "\n".join(getattr(self, field.name).describe() for field in dataclasses.fields(self))
 
 
 def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
@@ -37,11 +90,19 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
     Raises KernelUnavailableError when a wanted implementation cannot serve or the op's name is unknown.
     """
     wanted = dict(wanted or {})
-    ops = Ops(
-        write_kv=WRITE_KV.choose(context, wanted.pop(WRITE_KV.name, None)),
-        paged_attention=PAGED_ATTENTION.choose(context, wanted.pop(PAGED_ATTENTION.name, None)),
-        sample=SAMPLE.choose(context, wanted.pop(SAMPLE.name, None)),
+    if unknown := sorted(set(wanted) - {op.name for op in OPS}):
+        raise KernelUnavailableError(f"unknown op {', '.join(unknown)}; there are: {', '.join(op.name for op in OPS)}")
+    linear = LINEAR.choose(context, wanted.get(LINEAR.name))
+    layer = DECODER_LAYER.choose(context, wanted.get(DECODER_LAYER.name))
+    if linear.name == REFERENCE and layer.name != COMPOSED:
+        # The layer multiplies packed weights, and the linear op is what packs them.
+        if DECODER_LAYER.name in wanted:
+            raise KernelUnavailableError(f"decoder_layer={layer.name} needs a native linear too, not {linear.name}")
+        layer = DECODER_LAYER.choose(context, COMPOSED)
+    return Ops(
+        linear=linear,
+        write_kv=WRITE_KV.choose(context, wanted.get(WRITE_KV.name)),
+        paged_attention=PAGED_ATTENTION.choose(context, wanted.get(PAGED_ATTENTION.name)),
+        decoder_layer=layer,
+        sample=SAMPLE.choose(context, wanted.get(SAMPLE.name)),
     )
-    if wanted:
-        raise KernelUnavailableError(f"unknown op {', '.join(wanted)}; there are: {', '.join(op.name for op in OPS)}")
-    return ops

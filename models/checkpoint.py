@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download
@@ -22,7 +21,7 @@ from safetensors.numpy import save_file
 
 from quire.kernels.errors import CheckpointError, ModelError
 from quire.models.config import ModelConfig
-from quire.models.params import Params, ParamSpec, build_params, param_specs
+from quire.models.params import Params, ParamSpec, Place, as_array, build_params, param_specs
 
 BUNDLED = {"demo": "target", "demo-draft": "draft"}
 """Names that stand for the folders of the bundled models under models/demo."""
@@ -68,12 +67,12 @@ def load_params(
     dtype: Any,
     *,
     stacked: bool,
-    put: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+    place: Place = as_array,
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
     """Loads every parameter in `dtype`, laid out as `quire.models.params` says.
 
-    `put` takes each finished host array to where it shall live. `progress(done, total)` is called after each
+    `place` takes each finished host array to where it shall live. `progress(done, total)` is called after each
     tensor read from the files. Raises CheckpointError naming all tensors that are missing, left over or
     misshapen.
     """
@@ -81,7 +80,7 @@ def load_params(
         _check(files, config)
         total, done = sum(_num_reads(spec, config) for spec in param_specs(config).values()), 0
 
-        def make(spec: ParamSpec, layer: int | None) -> jax.Array:
+        def make(spec: ParamSpec, layer: int | None) -> Any:
             nonlocal done
             array = np.empty(spec.shape if layer is None else spec.layer_shape, dtype)
             for hf_name, part in _parts(spec, array, layer):
@@ -89,7 +88,7 @@ def load_params(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            return put(array)
+            return place(spec, array)
 
         return build_params(config, make, stacked=stacked)
 

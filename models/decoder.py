@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from quire.kernels.decoder_layer.contract import LayerSpec
+from quire.kernels.linear.contract import Weight, matmul
 from quire.models.config import ModelConfig
 from quire.models.layers import gated_mlp, linear, rms_norm, soft_cap
 from quire.models.moe import moe_mlp
@@ -44,35 +46,73 @@ q and k are rotated, q is not scaled: `attend` applies `config.attention_scale`,
 layer's window. out has q's dtype."""
 
 
+RunLayer = Callable[[Layer, Array, tuple[Array, Array], KVCache, LayerInfo], tuple[Array, KVCache]]
+"""A whole layer in one op: (layer, x [T, D], cos and sin [T, R/2], kv_cache, layer info) -> (x [T, D], kv_cache)."""
+
+
 def forward(
-    params: Params, config: ModelConfig, token_ids: Array, positions: Array, kv_cache: KVCache, attend: Attend
+    params: Params,
+    config: ModelConfig,
+    token_ids: Array,
+    positions: Array,
+    kv_cache: KVCache,
+    attend: Attend,
+    run_layer: RunLayer | None = None,
 ) -> tuple[Array, KVCache]:
     """Runs every layer. token_ids and positions are int32 [T]; ids out of range are clipped.
 
     Returns the hidden states after the final norm, [T, D] in the parameters' dtype, and the cache as `attend` left it.
-    Layers given as a tuple run as an unrolled loop, stacked ones as one scan with the cache in its carry.
+    Layers given as a tuple run as an unrolled loop, stacked ones as one scan with the cache in its carry. With `run_layer`,
+    which needs a tuple, that op takes the place of the composition of a layer here, `attend` included.
     """
-    x = _embed(params["embed_tokens"], config, token_ids)
+    x = _embed(params["embed_tokens"], config, token_ids, params["norm"].dtype)
     tables = rope_tables(config, positions)
     if isinstance(params["layers"], tuple):
-        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend)
+        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend, run_layer)
     else:
+        assert run_layer is None, "stacked layers are scanned, not fused"
         x, kv_cache = _scanned(params["layers"], config, x, tables, kv_cache, attend)
     return _norm(x, params["norm"], config), kv_cache
 
 
+def layer_spec(config: ModelConfig, sliding_window: int | None) -> LayerSpec:
+    """What a fused layer must know of the model, for a layer with this window."""
+    return LayerSpec(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        activation=config.activation,
+        attention_scale=config.attention_scale,
+        attention_soft_cap=config.attention_soft_cap,
+        sliding_window=sliding_window,
+        norm_eps=config.norm_eps,
+        norm_unit_offset=config.norm_unit_offset,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        mlp_bias=config.mlp_bias,
+        qk_norm=config.qk_norm,
+        post_norms=config.post_norms,
+    )
+
+
 def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """Logits float32 [R, V] of hidden states [R, D] as `forward` returns them, soft-capped where the model asks."""
-    if config.tie_word_embeddings:
+    if not config.tie_word_embeddings:
+        logits = matmul(hidden, params["lm_head"])
+    elif isinstance(params["embed_tokens"], Array):
         logits = jnp.einsum("rd,vd->rv", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
     else:
-        logits = jnp.matmul(hidden, params["lm_head"], preferred_element_type=jnp.float32)
+        logits = matmul(hidden, params["embed_tokens"])
     return soft_cap(logits, config.final_soft_cap)
 
 
-def _embed(table: Array, config: ModelConfig, token_ids: Array) -> Array:
-    ids = jnp.clip(token_ids, 0, config.vocab_size - 1)
-    x = jnp.take(table, ids, axis=0, mode="clip")  # [T, D]
+def _embed(table: Array | Weight, config: ModelConfig, token_ids: Array, dtype: jnp.dtype) -> Array:
+    if isinstance(table, Array):
+        ids = jnp.clip(token_ids, 0, config.vocab_size - 1)
+        x = jnp.take(table, ids, axis=0, mode="clip")  # [T, D]
+    else:  # a tied embedding that was prepared as the head it also is
+        x = table.columns(token_ids, dtype)
     if config.embedding_scale is None:
         return x
     return x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -85,11 +125,16 @@ def _unrolled(
     tables: tuple[Array, Array],
     kv_cache: KVCache,
     attend: Attend,
+    run_layer: RunLayer | None,
 ) -> tuple[Array, KVCache]:
     for layer_idx, layer in enumerate(layers):
-        rope = config.rope_indices[layer_idx]
+        rope_idx = config.rope_indices[layer_idx]
+        rope = (tables[0][rope_idx], tables[1][rope_idx])
         info = LayerInfo(layer_idx, config.sliding_windows[layer_idx])
-        x, kv_cache = _layer(layer, config, x, (tables[0][rope], tables[1][rope]), kv_cache, attend, info)
+        if run_layer is None:
+            x, kv_cache = _layer(layer, config, x, rope, kv_cache, attend, info)
+        else:
+            x, kv_cache = run_layer(layer, x, rope, kv_cache, info)
     return x, kv_cache
 
 

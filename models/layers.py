@@ -4,10 +4,13 @@ Legend: T tokens, D hidden size, I and O widths in and out, F MLP width. Weights
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from quire.kernels.linear.contract import Weight, matmul
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -22,9 +25,9 @@ def activate(x: Array, activation: str) -> Array:
     return y.astype(x.dtype)
 
 
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(x: Array, weight: Array | Weight, bias: Array | None = None) -> Array:
     """x [T, I] times weight [I, O], plus bias [O]; summed in float32, x's dtype out."""
-    y = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+    y = matmul(x, weight)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None, :]
     return y.astype(x.dtype)
@@ -49,7 +52,7 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return jnp.asarray(cap, x.dtype) * jnp.tanh(x / jnp.asarray(cap, x.dtype))
 
 
-def gated_mlp(x: Array, layer: Mapping[str, Array], activation: str) -> Array:
+def gated_mlp(x: Array, layer: Mapping[str, Any], activation: str) -> Array:
     """down(act(gate(x)) · up(x)) for x [T, D]. Source: Shazeer 2020 (GLU variants)."""
     gate = activate(linear(x, layer["gate_proj"], layer.get("gate_bias")), activation)  # [T, F]
     up = linear(x, layer["up_proj"], layer.get("up_bias"))

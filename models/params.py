@@ -21,7 +21,8 @@ from jax import Array
 
 from quire.models.config import ModelConfig
 
-Layer = dict[str, Array]
+Layer = dict[str, Any]
+"""Arrays, and weights in a form of the device's own (`quire.kernels.linear.contract.Weight`)."""
 Params = dict[str, Any]
 
 
@@ -63,6 +64,12 @@ class ParamSpec:
     def num_experts(self) -> int | None:
         """How many checkpoint tensors one layer's array is stacked from; None if it is not over experts."""
         return self.layer_shape[0] if "{expert}" in self.hf_name else None
+
+    def is_product_weight(self, config: ModelConfig) -> bool:
+        """Whether activations are multiplied with it: what the linear op prepares. A tied embedding is one too."""
+        if self.name == "embed_tokens":
+            return config.tie_word_embeddings
+        return len(self.layer_shape) == 2 and self.key != "router"
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -214,21 +221,30 @@ def build_params(config: ModelConfig, make: Callable[[ParamSpec, int | None], An
     return params
 
 
-def init_params(config: ModelConfig, seed: int, dtype: Any, *, stacked: bool) -> Params:
+Place = Callable[[ParamSpec, np.ndarray], Any]
+"""Takes a parameter's host array, in any memory order, to where and how it shall be held."""
+
+
+def as_array(spec: ParamSpec, array: np.ndarray) -> Array:
+    """The plainest `Place`: an array on jax's default device."""
+    return jnp.asarray(array)
+
+
+def init_params(config: ModelConfig, seed: int, dtype: Any, *, stacked: bool, place: Place = as_array) -> Params:
     """Random parameters, scaled so that a deep model still gives logits of about unit variance.
 
     Drawn with numpy from (seed, name, layer) alone: the same on every device, stacked or not.
     """
 
-    def make(spec: ParamSpec, layer: int | None) -> Array:
+    def make(spec: ParamSpec, layer: int | None) -> Any:
         if not spec.is_per_layer:
-            return jnp.asarray(_draw(spec, seed, 0, dtype))
+            return place(spec, _draw(spec, seed, 0, dtype))
         if layer is not None:
-            return jnp.asarray(_draw(spec, seed, layer, dtype))
+            return place(spec, _draw(spec, seed, layer, dtype))
         whole = np.empty(spec.shape, dtype)
         for idx in range(config.num_layers):
             whole[idx] = _draw(spec, seed, idx, dtype)
-        return jnp.asarray(whole)
+        return place(spec, whole)
 
     return build_params(config, make, stacked=stacked)
 

@@ -1,6 +1,7 @@
 """The wheel: complete, under one import name, and usable away from the checkout. Needs no network."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from quire.kernels.native.library import INSTRUCTION_SETS
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("engine", "backends", "kernels", "models", "server", "bench")
-NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc")
+NOT_SOURCE = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so")
 
 # Prints where each module came from; `quire` itself is a namespace and has no file.
 IMPORT_ALL = f"""
@@ -41,7 +44,7 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=NOT_SOURCE)
@@ -72,6 +75,17 @@ def test_every_module_is_in_the_wheel(files):
 
 def test_every_package_says_that_it_is_typed(files):
     assert {f"quire/{package}/py.typed" for package in PACKAGES} <= files
+
+
+def test_the_sources_of_the_kernels_are_in_the_wheel(files):
+    assert sorted((expected("*.cc") | expected("*.h")) - files) == []
+
+
+def test_the_wheel_holds_the_kernels_for_every_instruction_set_and_is_tied_to_no_python(wheel, files):
+    built = {Path(name).stem for name in files if name.endswith(".so")}
+    names = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+    assert built == {f"quire_cpu_{name}" for name in names}
+    assert "-py3-none-" in wheel.name
 
 
 def test_the_demo_models_are_in_the_wheel_whole(files):

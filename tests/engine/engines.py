@@ -31,6 +31,10 @@ TINY_CONFIG = {
 }
 
 
+XLA_KERNELS = "linear=reference,write_kv=reference,paged_attention=reference"
+"""The kernels of a CPU without the C++ library, and of every device without kernels of its own."""
+
+
 class FewShapesBackend(CpuBackend):
     """The CPU with two programs, which cover everything: the widest decode step, and the widest step with a prompt in it."""
 

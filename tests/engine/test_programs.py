@@ -13,7 +13,15 @@ from quire.engine import LLM, SamplingParams
 from quire.engine.input_batch import ShapeChooser
 from quire.engine.step import make_step
 from quire.kernels.sampling.rows import SamplingMode
-from tests.engine.engines import FewShapesBackend, check_idle, generate, tiny_engine, tiny_folder, token_ids
+from tests.engine.engines import (
+    XLA_KERNELS,
+    FewShapesBackend,
+    check_idle,
+    generate,
+    tiny_engine,
+    tiny_folder,
+    token_ids,
+)
 from tests.models.helpers import neuron_violations
 
 # Large enough that a copy of the cache would stand out from everything else in the program.
@@ -100,9 +108,9 @@ def test_padded_equals_unpadded(llm: LLM) -> None:
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_no_step_uses_what_neuron_lacks(scan_layers: bool) -> None:
-    """Apart from the small top_k of logprobs, which belongs to the full sampler."""
+    """Apart from the small top_k of logprobs, which belongs to the full sampler. Kernels in C++ are the CPU's alone."""
     backend = FewShapesBackend(scan_layers=scan_layers)
-    runner = tiny_engine(scan_layers=scan_layers).core.runner
+    runner = tiny_engine(scan_layers=scan_layers, kernels=XLA_KERNELS).core.runner
     for shape in runner.programs:
         for sampling in (SamplingMode.GREEDY, SamplingMode.RANDOM):
             plain = replace(shape, sampling=sampling, prompt_logprobs=False)

@@ -1,0 +1,29 @@
+"""int8: weights per column, activations per row, both symmetric around zero.
+
+A column of a weight is scale x int8 with scale = largest / 127; a row of activations likewise, at run time. Their products are summed in
+integers, exactly, so every implementation gives the same bits.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix [K, N] as (int8 [K, N] in the same memory order, scales float32 [N])."""
+    values = matrix.astype(np.float32)
+    largest = np.abs(values).max(axis=0, initial=0.0)
+    scales = (largest / np.float32(127)).astype(np.float32)
+    values /= np.where(scales > 0, scales, np.float32(1))[None, :]
+    return np.rint(values).astype(np.int8), scales
+
+
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Activations [T, K] as (int8 [T, K], scales float32 [T])."""
+    values = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(values), axis=1)
+    inverse = jnp.where(largest > 0, np.float32(127) / largest, np.float32(0))
+    rounded = jnp.clip(jnp.round(values * inverse[:, None]), np.float32(-127), np.float32(127))
+    return rounded.astype(jnp.int8), largest / np.float32(127)

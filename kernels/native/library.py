@@ -1,0 +1,112 @@
+"""Loads the C++ kernels for one instruction set, and registers their handlers with XLA.
+
+A library is built for each instruction set when quire is installed (setup.py). Which of them can run is read from the processor's flags,
+which the backend hands down; the kernels are then implementations of their ops like any other, named `native_<instruction set>`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from quire.kernels.errors import KernelUnavailableError
+from quire.kernels.op import OpContext
+
+# The most wanted first, with the processor's flags (as Linux names them) that each needs.
+INSTRUCTION_SETS: dict[str, frozenset[str]] = {
+    "avx512bf16": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}),
+    "avx512": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+    "portable": frozenset(),
+}
+HANDLERS = ("quire_linear", "quire_columns", "quire_write_kv", "quire_paged_attention", "quire_decoder_layer")
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}  # `Format` in matrix.h
+DTYPES = ("float32", "bfloat16")  # of activations and cache
+PANEL = 32  # columns that are packed together; kPanel in matrix.h
+# What transposing keys word by word asks for, and the room that the kernels keep.
+MAX_HEAD_DIM = 512
+
+
+def library_path(instruction_set: str) -> Path:
+    """Where setup.py puts a library."""
+    return Path(__file__).parent / f"quire_cpu_{instruction_set}.so"
+
+
+def refuses(instruction_set: str, context: OpContext) -> str | None:
+    """Why the kernels for an instruction set cannot serve a context, None when they can."""
+    if context.platform != "cpu":
+        return "needs a CPU"
+    missing = INSTRUCTION_SETS[instruction_set] - context.instruction_sets
+    if missing:
+        return f"the processor lacks {', '.join(sorted(missing))}"
+    if not library_path(instruction_set).exists():
+        return "not built: install quire again where a C++17 compiler (g++, clang++) is found"
+    if context.dtype not in DTYPES:
+        return f"{context.dtype} is not one of {', '.join(DTYPES)}"
+    if context.scan_layers:
+        return "layers are scanned, and a slice of stacked weights would be copied"
+    if context.head_dim % 2 or context.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {context.head_dim} is odd or above {MAX_HEAD_DIM}"
+    try:
+        load_library(instruction_set)
+    except KernelUnavailableError as error:
+        return str(error)
+    return None
+
+
+class Library:
+    """One loaded library. Knows names and addresses; what the handlers mean is said beside each op."""
+
+    def __init__(self, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        path = library_path(instruction_set)
+        try:
+            self._functions = ctypes.CDLL(str(path))
+            for handler in HANDLERS:
+                capsule = jax.ffi.pycapsule(getattr(self._functions, handler))
+                jax.ffi.register_ffi_target(self.target(handler), capsule, platform="cpu")
+        except Exception as error:  # the loader's and XLA's own words are the reason that the user gets to read
+            raise KernelUnavailableError(
+                f"{path.name} cannot be loaded: {error}; was it built against another jaxlib? Install quire again"
+            ) from error
+        self._functions.quire_pack.argtypes = [
+            ctypes.c_void_p,
+            *[ctypes.c_int64] * 4,
+            ctypes.c_int32,
+            *[ctypes.c_void_p] * 2,
+        ]
+        self._functions.quire_pack.restype = None
+        self._functions.quire_set_max_threads.argtypes = [ctypes.c_int32]
+        self._functions.quire_set_max_threads.restype = None
+
+    def target(self, handler: str) -> str:
+        """The name under which XLA knows a handler."""
+        return f"{handler}_{self.instruction_set}"
+
+    def set_max_threads(self, count: int) -> None:
+        """Most threads that one op uses, the calling one included; 0 is as many as XLA has."""
+        self._functions.quire_set_max_threads(count)
+
+    def pack(self, matrix: np.ndarray, words: np.ndarray, sums: np.ndarray | None) -> None:
+        """Packs a matrix [K, N] of float32, bfloat16 or int8, in any memory order, into `words`; for int8 fills `sums` too."""
+        format = FORMATS[matrix.dtype.name]
+        k_stride, n_stride = (stride // matrix.itemsize for stride in matrix.strides)
+        self._functions.quire_pack(
+            matrix.ctypes.data,
+            k_stride,
+            n_stride,
+            *matrix.shape,
+            format,
+            words.ctypes.data,
+            None if sums is None else sums.ctypes.data,
+        )
+
+
+@functools.cache
+def load_library(instruction_set: str) -> Library:
+    """The library for an instruction set, loaded once. Raises KernelUnavailableError with the loader's words."""
+    return Library(instruction_set)

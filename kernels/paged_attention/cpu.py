@@ -1,0 +1,56 @@
+"""The ops of `contract` in C++, through jax.ffi: blocks are read where they lie, and written in place."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from quire.kernels.native.library import load_library
+
+
+def write_kv(
+    instruction_set: str,
+    kv_cache: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    blocks: jax.Array,
+    offsets: jax.Array,
+) -> jax.Array:
+    """`contract.WriteKV`."""
+    call = jax.ffi.ffi_call(
+        load_library(instruction_set).target("quire_write_kv"),
+        jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
+        input_output_aliases={0: 0},
+    )
+    written: jax.Array = call(kv_cache, k_new, v_new, blocks, offsets)
+    return written
+
+
+def paged_attention(
+    instruction_set: str,
+    q: jax.Array,
+    kv_cache: jax.Array,
+    block_tables: jax.Array,
+    seq_lens: jax.Array,
+    query_lens: jax.Array,
+    *,
+    scale: float,
+    sliding_window: int | jax.Array | None = None,
+    soft_cap: float | None = None,
+) -> jax.Array:
+    """`contract.PagedAttention`, with a window known when the program is traced."""
+    assert not isinstance(sliding_window, jax.Array), "windows differ between scanned layers only, which are not native"
+    call = jax.ffi.ffi_call(
+        load_library(instruction_set).target("quire_paged_attention"), jax.ShapeDtypeStruct(q.shape, q.dtype)
+    )
+    out: jax.Array = call(
+        q,
+        kv_cache,
+        block_tables,
+        seq_lens,
+        query_lens,
+        scale=np.float32(scale),
+        soft_cap=np.float32(soft_cap or 0.0),
+        sliding_window=np.int64(sliding_window or 0),
+    )
+    return out
