@@ -17,6 +17,7 @@ from quire.engine.admission import BATCHING_POLICIES, BatchingPolicy
 from quire.engine.sampling_params import MAX_LOGPROBS
 from quire.engine.step_data import StepLimits
 from quire.kernels.errors import InvalidConfigError
+from quire.kernels.linear.contract import QUANTIZATIONS
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.config import ModelConfig
 
@@ -40,6 +41,11 @@ class ModelOptions:
         "auto", "auto reads the checkpoint; dummy makes random weights from config.json alone.", LOAD_FORMATS
     )
     dtype: str = _option("auto", "Dtype of weights, activations and cache; auto is the device's choice.", DTYPES)
+    quantization: Literal["none", "int8"] = _option(
+        "none",
+        "int8 holds weights as 8-bit integers per output channel, and quantizes activations per token.",
+        QUANTIZATIONS,
+    )
     max_model_len: int | None = _option(None, "Most tokens of prompt and output together.")
     seed: int = _option(0, "Seed of requests that bring none, and of dummy weights.")
 

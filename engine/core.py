@@ -34,7 +34,7 @@ from quire.engine.scheduler import Scheduler
 from quire.engine.step import StepConfig
 from quire.engine.step_data import EngineCoreOutput
 from quire.kernels.errors import EngineDeadError, InvalidConfigError
-from quire.kernels.ops import Ops
+from quire.kernels.ops import REFERENCE, Ops
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import load_params, resolve_model
 from quire.models.config import ModelConfig
@@ -211,11 +211,17 @@ def _load(config: EngineConfig, model: LoadedModel, backend: Backend, ops: Ops, 
     dtype = jax.numpy.dtype(resolve_dtype(config, model.config, backend.capabilities))
     stacked = backend.capabilities.scan_layers
 
+    quantization = config.model.quantization
+
     def place(spec: ParamSpec, array: np.ndarray) -> object:
-        if not spec.is_product_weight(model.config) or stacked:
+        if not spec.is_product_weight(model.config):
             return as_array(spec, array)
-        # The embedding is [V, D]; what is multiplied with is its transpose.
-        return ops.linear.function(array.T if spec.name == "embed_tokens" else array, "none")
+        if spec.name != "embed_tokens":
+            # Which expert a token goes to hangs on small differences.
+            return ops.linear.function(array, "none" if spec.key == "router" else quantization)
+        if ops.linear.name == REFERENCE and quantization == "none":
+            return as_array(spec, array)  # rows are read out of it as well
+        return ops.linear.function(array.T, quantization)  # [V, D] in the checkpoint
 
     if config.model.load_format == "dummy":
         return init_params(model.config, config.model.seed, dtype, stacked=stacked, place=place)

@@ -26,20 +26,12 @@ REFERENCE = "reference"
 COMPOSED = "composed"
 
 
-def _native(
-    function: Callable[..., Any], refuses: Callable[[str, OpContext], str | None] = library.refuses
-) -> tuple[Implementation[Any], ...]:
+def _native(function: Callable[..., Any]) -> tuple[Implementation[Any], ...]:
     """The C++ implementation of an op, once for each instruction set."""
     return tuple(
-        Implementation(f"native_{name}", partial(function, name), partial(refuses, name))
+        Implementation(f"native_{name}", partial(function, name), partial(library.refuses, name))
         for name in library.INSTRUCTION_SETS
     )
-
-
-def _layer_refuses(instruction_set: str, context: OpContext) -> str | None:
-    if context.has_experts:
-        return "experts are not part of it"
-    return library.refuses(instruction_set, context)
 
 
 def _composed(*_: Any, **__: Any) -> Any:
@@ -58,7 +50,7 @@ PAGED_ATTENTION: Op[PagedAttention] = Op(
 )
 DECODER_LAYER: Op[DecoderLayer] = Op(
     "decoder_layer",
-    (*_native(decoder_layer_cpu.decoder_layer, _layer_refuses), Implementation(COMPOSED, _composed)),
+    (*_native(decoder_layer_cpu.decoder_layer), Implementation(COMPOSED, _composed)),
 )
 SAMPLE: Op[Sample] = Op("sample", (Implementation(REFERENCE, sample),))
 OPS: tuple[Op[Any], ...] = (LINEAR, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
@@ -94,11 +86,15 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
         raise KernelUnavailableError(f"unknown op {', '.join(unknown)}; there are: {', '.join(op.name for op in OPS)}")
     linear = LINEAR.choose(context, wanted.get(LINEAR.name))
     layer = DECODER_LAYER.choose(context, wanted.get(DECODER_LAYER.name))
+    # The fused layer multiplies packed weights, and packed experts are multiplied by the fused layer alone.
     if linear.name == REFERENCE and layer.name != COMPOSED:
-        # The layer multiplies packed weights, and the linear op is what packs them.
         if DECODER_LAYER.name in wanted:
             raise KernelUnavailableError(f"decoder_layer={layer.name} needs a native linear too, not {linear.name}")
         layer = DECODER_LAYER.choose(context, COMPOSED)
+    if layer.name == COMPOSED and linear.name != REFERENCE and context.has_experts:
+        if LINEAR.name in wanted:
+            raise KernelUnavailableError(f"linear={linear.name} packs experts, which need a native decoder_layer too")
+        linear = LINEAR.choose(context, REFERENCE)
     return Ops(
         linear=linear,
         write_kv=WRITE_KV.choose(context, wanted.get(WRITE_KV.name)),

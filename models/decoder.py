@@ -81,7 +81,7 @@ def layer_spec(config: ModelConfig, sliding_window: int | None) -> LayerSpec:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=config.intermediate_size if config.moe is None else config.moe.intermediate_size,
         activation=config.activation,
         attention_scale=config.attention_scale,
         attention_soft_cap=config.attention_soft_cap,
@@ -93,6 +93,9 @@ def layer_spec(config: ModelConfig, sliding_window: int | None) -> LayerSpec:
         mlp_bias=config.mlp_bias,
         qk_norm=config.qk_norm,
         post_norms=config.post_norms,
+        num_experts=0 if config.moe is None else config.moe.num_experts,
+        num_experts_per_tok=1 if config.moe is None else config.moe.num_experts_per_tok,
+        norm_topk_prob=config.moe is not None and config.moe.norm_topk_prob,
     )
 
 

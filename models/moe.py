@@ -7,11 +7,13 @@ any size touches every expert's weights anyway once T·k exceeds a few times E.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from quire.kernels.linear.contract import matmul, matmul_each
 from quire.models.config import MoeConfig
 from quire.models.layers import activate
 
@@ -19,9 +21,9 @@ MAX_INTERMEDIATE_ELEMENTS = 2**23
 """Experts are computed in groups so that the [G, T, F] intermediate stays near this many elements."""
 
 
-def moe_mlp(x: Array, layer: Mapping[str, Array], moe: MoeConfig, activation: str) -> Array:
+def moe_mlp(x: Array, layer: Mapping[str, Any], moe: MoeConfig, activation: str) -> Array:
     """The experts' MLPs of x [T, D], mixed by the router; x's dtype out."""
-    router_logits = jnp.matmul(x, layer["router"], preferred_element_type=jnp.float32)  # [T, E]
+    router_logits = matmul(x, layer["router"])  # [T, E]
     weights = routing_weights(router_logits, moe).astype(x.dtype)
     experts = (layer["experts_gate_proj"], layer["experts_up_proj"], layer["experts_down_proj"])
     group_size = _group_size(x.shape[0], moe)
@@ -30,9 +32,9 @@ def moe_mlp(x: Array, layer: Mapping[str, Array], moe: MoeConfig, activation: st
 
     num_groups = moe.num_experts // group_size
     grouped_weights = weights.reshape(-1, num_groups, group_size).transpose(1, 0, 2)  # [E/G, T, G]
-    grouped_experts = tuple(w.reshape(num_groups, group_size, *w.shape[1:]) for w in experts)
+    grouped_experts = jax.tree.map(lambda leaf: leaf.reshape(num_groups, group_size, *leaf.shape[1:]), experts)
 
-    def body(total: Array, group: tuple[Array, tuple[Array, ...]]) -> tuple[Array, None]:
+    def body(total: Array, group: tuple[Array, tuple[Any, ...]]) -> tuple[Array, None]:
         group_weights, group_experts = group
         return total + _experts(x, group_weights, group_experts, activation), None
 
@@ -60,13 +62,12 @@ def routing_weights(router_logits: Array, moe: MoeConfig) -> Array:
     return kept
 
 
-def _experts(x: Array, weights: Array, experts: tuple[Array, ...], activation: str) -> Array:
+def _experts(x: Array, weights: Array, experts: tuple[Any, ...], activation: str) -> Array:
     """Sum over G experts weighted by [T, G], float32 [T, D]; experts are gate, up [G, D, F] and down [G, F, D]."""
     gate_proj, up_proj, down_proj = experts
-    gate = jnp.einsum("td,gdf->gtf", x, gate_proj, preferred_element_type=jnp.float32)
-    up = jnp.einsum("td,gdf->gtf", x, up_proj, preferred_element_type=jnp.float32)
+    gate, up = matmul_each(x, gate_proj), matmul_each(x, up_proj)
     h = activate(gate, activation) * up * weights.T.astype(jnp.float32)[:, :, None]  # [G, T, F]
-    return jnp.einsum("gtf,gfd->td", h.astype(x.dtype), down_proj, preferred_element_type=jnp.float32)
+    return jnp.sum(matmul_each(h.astype(x.dtype), down_proj), axis=0)
 
 
 def _group_size(num_tokens: int, moe: MoeConfig) -> int:

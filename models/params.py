@@ -69,7 +69,7 @@ class ParamSpec:
         """Whether activations are multiplied with it: what the linear op prepares. A tied embedding is one too."""
         if self.name == "embed_tokens":
             return config.tie_word_embeddings
-        return len(self.layer_shape) == 2 and self.key != "router"
+        return len(self.layer_shape) >= 2
 
     @property
     def hf_shape(self) -> tuple[int, ...]:

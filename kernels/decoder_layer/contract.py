@@ -32,6 +32,10 @@ class LayerSpec:
     mlp_bias: bool
     qk_norm: bool
     post_norms: bool
+    num_experts: int
+    """0: a plain MLP; otherwise `intermediate_size` is the width of one expert."""
+    num_experts_per_tok: int
+    norm_topk_prob: bool
 
 
 @dataclass(frozen=True)

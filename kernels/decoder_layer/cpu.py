@@ -12,7 +12,9 @@ from quire.kernels.decoder_layer.contract import LayerSpec, StepPlaces
 from quire.kernels.native.library import FORMATS, load_library
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # `Activation` in row_ops.h
-_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_MATRICES = ("gate_proj", "up_proj", "down_proj")
+_EXPERT_MATRICES = ("router", "experts_gate_proj", "experts_up_proj", "experts_down_proj")
 
 
 def decoder_layer(
@@ -34,7 +36,7 @@ def decoder_layer(
     for rows in places.rectangles:
         buffers += [rows.block_tables, rows.seq_lens, rows.query_lens]
     buffers += [weights[name] for name in _vectors(spec)]
-    for name in _MATRICES:
+    for name in (*_ATTENTION_MATRICES, *(_EXPERT_MATRICES if spec.num_experts else _MLP_MATRICES)):
         buffers += weights[name].buffers
     buffers += [weights[name] for name in _biases(spec)]
     out, written = call(
@@ -49,6 +51,8 @@ def decoder_layer(
         head_dim=np.int64(spec.head_dim),
         mlp=np.int64(spec.intermediate_size),
         half_rotary=np.int64(rope[0].shape[-1]),
+        num_experts=np.int64(spec.num_experts),
+        experts_per_token=np.int64(spec.num_experts_per_tok),
         sliding_window=np.int64(spec.sliding_window or 0),
         scale=np.float32(spec.attention_scale),
         soft_cap=np.float32(spec.attention_soft_cap or 0.0),
@@ -82,5 +86,5 @@ def _biases(spec: LayerSpec) -> list[str]:
 
 def _flags(spec: LayerSpec) -> int:
     """`Flags` in cpu.cc."""
-    bits = (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm, spec.post_norms)
+    bits = (spec.qkv_bias, spec.o_bias, spec.mlp_bias, spec.qk_norm, spec.post_norms, spec.norm_topk_prob)
     return sum(1 << idx for idx, bit in enumerate(bits) if bit)

@@ -31,7 +31,8 @@ class PrepareWeight(Protocol):
     """Turns a weight into the form that an implementation multiplies; called once per matrix, when the model is loaded."""
 
     def __call__(self, matrix: np.ndarray, quantization: str) -> jax.Array | Weight:
-        """`matrix` is [K, N] float32 or bfloat16 in any memory order; `quantization` one of QUANTIZATIONS."""
+        """`matrix` is [K, N] float32 or bfloat16 in any memory order, or [..., K, N]: several of one shape, layers or experts.
+        `quantization` is one of QUANTIZATIONS."""
         ...
 
 
@@ -40,3 +41,8 @@ def matmul(x: jax.Array, weight: jax.Array | Weight) -> jax.Array:
     if isinstance(weight, jax.Array):
         return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
     return weight.matmul(x)
+
+
+def matmul_each(x: jax.Array, weights: jax.Array | Weight) -> jax.Array:
+    """x [T, K], or [G, T, K], times each of G weights [G, K, N]: [G, T, N] float32."""
+    return jax.vmap(matmul, in_axes=(0 if x.ndim == 3 else None, 0))(x, weights)

@@ -25,7 +25,9 @@ def _static() -> Any:
 
 @flax.struct.dataclass
 class PackedMatrix:
-    """A matrix [K, N] as panels of 32 columns, in 32-bit words of 1 float32, 2 bfloat16 or 4 int8 values."""
+    """A matrix [K, N] as panels of 32 columns, in 32-bit words of g values: 1 float32, 2 bfloat16 or 4 int8.
+
+    The arrays of several matrices, experts, have an axis more, in front."""
 
     words: Any  # [ceil(N / 32), ceil(K / g), 32] uint32
     scales: Any  # [N] float32; int8 only
@@ -55,17 +57,19 @@ class PackedMatrix:
 
 
 def prepare(instruction_set: str, matrix: np.ndarray, quantization: str) -> Weight:
-    """Packs a matrix: see `contract.PrepareWeight`. No other copy of it is kept."""
+    """Packs a matrix, or several of one shape: see `contract.PrepareWeight`. No other copy of it is kept."""
     scales = sums = None
     if quantization == "int8":
         matrix, scales = quantize_weight(matrix)
     format = matrix.dtype.name
-    num_rows, num_columns = matrix.shape
+    *several, num_rows, num_columns = matrix.shape
     num_panels = -(-num_columns // PANEL)
-    words = _arena.empty((num_panels, -(-num_rows // _VALUES_PER_WORD[format]), PANEL), np.uint32)
+    words = _arena.empty((*several, num_panels, -(-num_rows // _VALUES_PER_WORD[format]), PANEL), np.uint32)
     if scales is not None:
-        sums = np.empty(num_panels * PANEL, np.int32)
-    load_library(instruction_set).pack(matrix, words, sums)
+        sums = np.empty((*several, num_panels * PANEL), np.int32)
+    library = load_library(instruction_set)
+    for idx in np.ndindex(*several):
+        library.pack(matrix[idx], words[idx], None if sums is None else sums[idx])
     return PackedMatrix(
         as_jax(words),
         None if scales is None else jnp.asarray(scales),

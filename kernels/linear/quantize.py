@@ -12,11 +12,11 @@ import numpy as np
 
 
 def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix [K, N] as (int8 [K, N] in the same memory order, scales float32 [N])."""
+    """A matrix [..., K, N] as (int8 [..., K, N] in the same memory order, scales float32 [..., N])."""
     values = matrix.astype(np.float32)
-    largest = np.abs(values).max(axis=0, initial=0.0)
+    largest = np.abs(values).max(axis=-2, initial=0.0)
     scales = (largest / np.float32(127)).astype(np.float32)
-    values /= np.where(scales > 0, scales, np.float32(1))[None, :]
+    values /= np.where(scales > 0, scales, np.float32(1))[..., None, :]
     return np.rint(values).astype(np.int8), scales
 
 

@@ -15,15 +15,10 @@ from quire.kernels.linear.quantize import quantize_rows, quantize_weight
 
 @flax.struct.dataclass
 class QuantizedMatrix:
-    """A matrix whose column n is scales[n] x values[:, n]."""
+    """A matrix whose column n is scales[n] x values[:, n]; axes before those two are of several matrices of one shape."""
 
-    values: Any  # [K, N] int8
-    scales: Any  # [N] float32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[K, N]."""
-        return self.values.shape
+    values: Any  # [..., K, N] int8
+    scales: Any  # [..., N] float32
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """See `contract.Weight`."""

@@ -24,14 +24,14 @@ class Arguments {
   T* data() {
     return static_cast<T*>(next().untyped_data());
   }
-  // A packed matrix: its words, and for int8 the scales and sums of its columns.
-  Matrix matrix(Format format, size_t k, size_t n) {
+  // A packed matrix, or `copies` of one shape: words, and for int8 the scales and sums of the columns.
+  Matrix matrix(Format format, size_t k, size_t n, size_t copies = 1) {
     Matrix matrix;
     matrix.format = format;
     matrix.k = k;
     matrix.n = n;
     ffi::AnyBuffer words = next();
-    if (words.element_count() != num_panels(n) * num_words(format, k) * kPanel) is_misshapen_ = true;
+    if (words.element_count() != copies * num_panels(n) * num_words(format, k) * kPanel) is_misshapen_ = true;
     matrix.words = static_cast<const uint32_t*>(words.untyped_data());
     if (format == Format::kInt8) {
       matrix.scales = data<const float>();

@@ -111,6 +111,16 @@ struct Matrix {
   const int32_t* sums = nullptr;        // [N / 32 * 32] int8 only: 128 x the sum of a column's int8, which unsigned activations add
 
   size_t row_words() const { return num_words(format, k); }
+  // Where several of one shape lie one after the other: the one with number e.
+  Matrix expert(size_t e) const {
+    Matrix other = *this;
+    other.words += e * num_panels(n) * row_words() * kPanel;
+    if (format == Format::kInt8) {
+      other.scales += e * n;
+      other.sums += e * num_panels(n) * kPanel;
+    }
+    return other;
+  }
   const uint32_t* panel(size_t p) const { return words + p * row_words() * kPanel; }
 };
 
