@@ -1,229 +1,37 @@
 """`quire batch`: a file of requests in OpenAI's batch format, answered line by line, resumable at any moment.
 
-The output file is the only record of what is done: each answer is appended to it as one whole line as soon as it is
-there. Started again after whatever happened, the command reads what is there and asks only for the rest.
+Owns the workers that have the requests answered, and the server where the command runs one of its own. What is done is known
+from the output file alone (`batch_files`): started again after whatever happened, the command asks only for the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import os
 import signal
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from tqdm import tqdm
 
 from quire.bench.openai_client import Answer, OpenAIClient
 from quire.engine.arguments import add_engine_flags, engine_arguments
 from quire.kernels.errors import InvalidConfigError, InvalidRequestError, NotServingError
+from quire.server.batch_files import MAX_NAMED, BatchInput, BatchOutput, BatchRequest, Line, decode_line
 from quire.server.remote import add_connection_flags, client_of
 from quire.server.serve import Lifetime, loop_factory
 from quire.server.settings import ServerSettings
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
-_BAD_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-MAX_NAMED = 5  # lines of a bad file that an error names
 NUM_TRIES = 3  # of a line that the server fails on: it may be the line's fault
 SYNC_SECONDS = 1.0  # what a power failure may cost; a killed process costs only what was not answered
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # between tries
-
-
-class _Line(msgspec.Struct, forbid_unknown_fields=True):
-    """One line of the input."""
-
-    custom_id: str
-    method: str
-    url: str
-    body: msgspec.Raw
-
-
-class _Body(msgspec.Struct):
-    """What has to be known of a body before it is sent."""
-
-    model: str | None = None
-    stream: bool | None = None
-
-
-class _Response(msgspec.Struct):
-    """What has to be known of an answer."""
-
-    status_code: int
-
-
-class _Done(msgspec.Struct):
-    """What has to be known of a line of the output."""
-
-    custom_id: str
-    response: _Response
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """A line of the input, by its place in the file: bodies are read when they are sent."""
-
-    custom_id: str
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class BatchInput:
-    """A whole input file: its requests in order, and the names of the models they ask for."""
-
-    path: Path
-    requests: tuple[BatchRequest, ...]
-    models: frozenset[str]
-
-    @classmethod
-    def read(cls, path: Path) -> BatchInput:
-        """Looks at every line. Raises InvalidRequestError that names the first bad ones, InvalidConfigError for no file."""
-        requests: dict[str, BatchRequest] = {}
-        models, problems, num_bad = set(), [], 0
-        for number, offset, text in _lines(path):
-            try:
-                line, body = _decode(text)
-                if line.custom_id in requests:
-                    raise InvalidRequestError(f"custom_id {line.custom_id!r} is that of an earlier line too")
-            except InvalidRequestError as error:
-                num_bad += 1
-                if num_bad <= MAX_NAMED:
-                    problems.append(f"line {number}: {error}")
-                continue
-            requests[line.custom_id] = BatchRequest(line.custom_id, offset, len(text))
-            if body.model is not None:
-                models.add(body.model)
-        if num_bad:
-            more = f"\n... and {num_bad - MAX_NAMED} more" if num_bad > MAX_NAMED else ""
-            raise InvalidRequestError(f"{path} has bad lines, so nothing was run:\n" + "\n".join(problems) + more)
-        if not requests:
-            raise InvalidRequestError(
-                f'{path} holds no request; a line is {{"custom_id": "1", "method": "POST", "url": "{PATHS[0]}", "body": {{...}}}}'
-            )
-        return cls(path, tuple(requests.values()), frozenset(models))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset and bytes of each line that is not blank."""
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    yield number, offset, text
-                offset += len(text)
-    except OSError as error:
-        raise InvalidConfigError(f"{path} cannot be read: {error}") from error
-
-
-def _decode(text: bytes) -> tuple[_Line, _Body]:
-    try:
-        line = msgspec.json.decode(text, type=_Line)
-    except _BAD_JSON as error:
-        raise InvalidRequestError(str(error)) from error
-    try:
-        body = msgspec.json.decode(line.body, type=_Body)
-    except _BAD_JSON as error:
-        raise InvalidRequestError(f"body: {error}") from error
-    if line.method != "POST":
-        raise InvalidRequestError(f"method is {line.method!r}, and must be POST")
-    if line.url not in PATHS:
-        raise InvalidRequestError(f"url is {line.url!r}, and must be one of {', '.join(PATHS)}")
-    if body.stream:
-        raise InvalidRequestError("a batch is not streamed; leave stream out of the body")
-    return line, body
-
-
-class BatchOutput:
-    """The output file: what is done, and where more is appended. Use it as a context manager.
-
-    Raises InvalidConfigError where the file cannot be written, another batch writes it, or it is not the output of
-    this input.
-    """
-
-    def __init__(self, path: Path, known: Collection[str]) -> None:
-        self.done: set[str] = set()
-        self.num_failed = 0
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise InvalidConfigError(f"{path} cannot be written: {error}") from error
-        self._needs_sync = False
-        try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InvalidConfigError(f"another quire batch is writing {path}; wait for it or stop it") from error
-            os.ftruncate(self._file, self._read(path, known))
-        except BaseException:
-            os.close(self._file)
-            raise
-
-    def _read(self, path: Path, known: Collection[str]) -> int:
-        """Notes what is done; the size of the file without a last line that was not written to its end."""
-        whole = 0
-        for number, offset, text in _lines(path):
-            if not text.endswith(b"\n"):
-                break
-            try:
-                found = msgspec.json.decode(text, type=_Done)
-            except _BAD_JSON as error:
-                raise InvalidConfigError(
-                    f"line {number} of {path} is none that quire batch wrote ({error}); name another file for the output"
-                ) from error
-            if found.custom_id not in known:
-                raise InvalidConfigError(
-                    f"{path} holds an answer to {found.custom_id!r}, which is not in the input; it belongs to another batch"
-                )
-            self._note(found.custom_id, found.response.status_code)
-            whole = offset + len(text)
-        return whole
-
-    def append(self, custom_id: str, request_id: str, answer: Answer) -> None:
-        """Writes one answer. Raises OSError, after which the file may end in a part of a line, which the next run drops."""
-        line = {
-            "id": f"batch_req_{request_id}",
-            "custom_id": custom_id,
-            "response": {"status_code": answer.status, "request_id": request_id, "body": answer.body},
-            "error": None,
-        }
-        rest = memoryview(msgspec.json.encode(line) + b"\n")
-        while rest:
-            rest = rest[os.write(self._file, rest) :]
-        self._note(custom_id, answer.status)
-        self._needs_sync = True
-
-    def _note(self, custom_id: str, status: int) -> None:
-        self.done.add(custom_id)
-        self.num_failed += status != 200
-
-    @property
-    def status(self) -> int:
-        """The exit status of a batch that is done."""
-        return EXIT_FAILED if self.num_failed else EXIT_OK
-
-    def sync(self) -> None:
-        """Has the disk keep what was written."""
-        if self._needs_sync:
-            self._needs_sync = False
-            os.fsync(self._file)
-
-    def __enter__(self) -> BatchOutput:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sync()
-        os.close(self._file)
 
 
 def add_command(commands: Any) -> None:
@@ -276,7 +84,7 @@ def run(namespace: argparse.Namespace) -> int:
                 f"{namespace.output}: all {num_before} requests were answered before; {output.num_failed} failed",
                 file=sys.stderr,
             )
-            return output.status
+            return _exit_status(output)
         begin = time.monotonic()
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             status = runner.run(_serve_and_answer(namespace, batch, output))
@@ -289,6 +97,11 @@ def run(namespace: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return status
+
+
+def _exit_status(output: BatchOutput) -> int:
+    """That of a batch of which nothing is left."""
+    return EXIT_FAILED if output.num_failed else EXIT_OK
 
 
 def _check_server_flags(namespace: argparse.Namespace) -> None:
@@ -392,7 +205,7 @@ class _Batch:
                 syncing.cancel()
         if self._is_interrupted and len(self._output.done) < total:
             return EXIT_INTERRUPTED
-        return self._output.status
+        return _exit_status(self._output)
 
     def _interrupt(self) -> None:
         """The first time lets open requests be answered; the second time does not."""
@@ -439,7 +252,7 @@ class _Batch:
             request = next(self._left, None)
             if request is None:
                 return
-            line, _ = _decode(os.pread(file, request.size, request.offset))
+            line, _ = decode_line(os.pread(file, request.size, request.offset))
             request_id = uuid.uuid4().hex
             answer = await self._answer(line, request_id)
             self._output.append(line.custom_id, request_id, answer)
@@ -447,7 +260,7 @@ class _Batch:
             if self._output.num_failed:
                 bar.set_postfix(failed=self._output.num_failed, refresh=False)
 
-    async def _answer(self, line: _Line, request_id: str) -> Answer:
+    async def _answer(self, line: Line, request_id: str) -> Answer:
         """The answer that counts. Raises NotServingError when nobody has answered for too long."""
         wait = _Wait(self)
         num_tries = 0
