@@ -35,8 +35,11 @@ class Tokenizer:
         """Tokens that never come from merges: special ones, and words added whole."""
         self.all_special_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         """Tokens that `skip_special_tokens` leaves out of a text."""
-        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocab.values(), default=-1) + 1
         """One more than the largest token id. A model may have more rows than this, never fewer in use."""
+        self.max_token_chars: int = max(map(len, vocab), default=1)
+        """Characters of the longest token as the vocabulary spells it, which is never shorter than its text."""
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
         anchor = self.encode("a", add_special_tokens=False)[-1:]
         self._anchor = (anchor, self.decode(anchor, skip_special_tokens=False))
@@ -52,7 +55,8 @@ class Tokenizer:
                 f"a prompt must be a string of Unicode text (no lone surrogates), got {_short(text)}.",
                 parameter="prompt",
             )
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: unlike `encode` it lets other threads run meanwhile, and keeps no offsets, which a long text makes large.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with U+FFFD for bytes that are no UTF-8; ids outside the vocabulary have no text.
@@ -104,6 +108,13 @@ class Tokenizer:
         from there to the template. Raises `InvalidRequestError` for malformed messages, for a model without a
         template, and for messages that the template refuses.
         """
+        text = self.render_chat_template(messages, add_generation_prompt, **template_kwargs)
+        return self.encode(text, add_special_tokens=False)  # the template spells out its special tokens
+
+    def render_chat_template(
+        self, messages: Sequence[Any], add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> str:
+        """The prompt of `apply_chat_template` as text. Raises as that does."""
         conversation = _checked_messages(messages)
         if not (self.has_chat_template or template_kwargs.get("chat_template")):
             raise InvalidRequestError(
@@ -112,16 +123,16 @@ class Tokenizer:
                 parameter="messages",
             )
         try:
-            text = self._hf.apply_chat_template(
+            rendered = self._hf.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:
             raise InvalidRequestError(
                 f"the chat template refused the messages: {error}. Check the roles, their order and the arguments "
                 "against the model's template.",
                 parameter="messages",
             ) from error
-        return self.encode(text, add_special_tokens=False)  # the template spells out its special tokens
+        return str(rendered)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from msgspec import UNSET, Struct, UnsetType, to_builtins
+from msgspec import UNSET, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -15,16 +14,17 @@ from starlette.routing import Route
 from quire.engine.input_processor import ProcessedRequest
 from quire.engine.outputs import CompletionOutput, RequestOutput
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.tokenizer import Tokenizer
 from quire.kernels.errors import InvalidRequestError, QuireError
 from quire.server.logprobs import ChatLogprobs, PromptLogprob, chat_logprobs, prompt_logprobs
 from quire.server.openapi import Operation
 from quire.server.output_stream import OutputStream
+from quire.server.prompts import render
 from quire.server.protocol import (
     STRUCTURED,
     GenerationFields,
     Usage,
     UsageCounter,
+    check_choices,
     check_common,
     make_id,
     now,
@@ -164,6 +164,7 @@ class ChatChunk(Struct, kw_only=True):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType | None = UNSET
 
 
 @dataclass
@@ -216,10 +217,11 @@ async def _prepare(state: ServerState, body: ChatRequest) -> _Job:
     _check_tools(body)
     params = _params(body)
     state.engine.check_serving()
+    check_choices(state, params.n)
     token_ids = await render(
         state,
         body.messages,
-        tools=None if body.tools is None else to_builtins(body.tools),
+        tools=body.tools,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=body.chat_template_kwargs,
@@ -262,42 +264,6 @@ def _params(body: ChatRequest) -> SamplingParams:
                 str(error).replace("logprobs", "top_logprobs"), parameter="top_logprobs"
             ) from error
         raise
-
-
-async def render(
-    state: ServerState,
-    messages: list[dict[str, Any]],
-    *,
-    tools: list[Any] | None,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool | None,
-    template_kwargs: dict[str, Any] | None,
-    add_special_tokens: bool,
-) -> list[int]:
-    """The conversation as token ids, rendered off the event loop. Raises InvalidRequestError for what the template refuses."""
-    tokenizer = state.engine.tokenizer
-    if tokenizer is None:
-        raise InvalidRequestError("the model has no tokenizer and no chat template; send token ids to /v1/completions")
-    if continue_final_message and add_generation_prompt:
-        raise InvalidRequestError(
-            "continue_final_message leaves the last message open, and add_generation_prompt begins a new one; choose one",
-            parameter="continue_final_message",
-        )
-    kwargs: dict[str, Any] = dict(template_kwargs or {})
-    if reserved := sorted({"tokenize", "conversation", "chat_template", "tools", "messages"} & set(kwargs)):
-        raise InvalidRequestError(f"chat_template_kwargs cannot set {reserved[0]}", parameter="chat_template_kwargs")
-    kwargs["continue_final_message"] = bool(continue_final_message)
-    if state.chat_template is not None:
-        kwargs["chat_template"] = state.chat_template
-    if tools:
-        kwargs["tools"] = tools
-    generation_prompt = not continue_final_message if add_generation_prompt is None else add_generation_prompt
-
-    def work(tokenizer: Tokenizer = tokenizer) -> list[int]:
-        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **kwargs)
-        return [*tokenizer.encode(""), *token_ids] if add_special_tokens else token_ids
-
-    return await asyncio.to_thread(work)
 
 
 async def _whole(job: _Job, stream: OutputStream) -> ChatResponse:
@@ -379,6 +345,8 @@ async def _events(job: _Job, stream: OutputStream) -> AsyncIterator[bytes]:
                         )
                         if job.body.return_token_ids:
                             first.prompt_token_ids = output.prompt_token_ids
+                        if output.prompt_logprobs is not None:
+                            first.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
                         yield event(first)
                     if (chunk := writer.chunk(choice)) is not None:
                         yield event(job.chunk([chunk], usage))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -19,10 +20,12 @@ from quire.kernels.errors import InvalidRequestError, QuireError
 from quire.server.logprobs import CompletionLogprobs, PromptLogprob, completion_logprobs, prompt_logprobs
 from quire.server.openapi import Operation
 from quire.server.output_stream import OutputStream
+from quire.server.prompts import check_length, encode
 from quire.server.protocol import (
     GenerationFields,
     Usage,
     UsageCounter,
+    check_choices,
     check_common,
     make_id,
     now,
@@ -152,6 +155,8 @@ async def _prepare(state: ServerState, body: CompletionRequest) -> _Job:
     check_common(body, state)
     params = _params(body)
     prompts = _prompts_of(body)
+    state.engine.check_serving()
+    check_choices(state, len(prompts) * params.n, "n" if len(prompts) == 1 else "prompt")
     if len(prompts) * params.n > MAX_CHOICES:
         raise InvalidRequestError(
             f"{len(prompts)} prompts of n={params.n} are more than the {MAX_CHOICES} choices of one body",
@@ -161,8 +166,11 @@ async def _prepare(state: ServerState, body: CompletionRequest) -> _Job:
     prepared = []
     for prompt in prompts:
         given = prompt
-        if isinstance(prompt, str) and not add_special_tokens and state.engine.tokenizer is not None:
-            given = state.engine.tokenizer.encode(prompt, add_special_tokens=False)
+        if isinstance(prompt, str) and not add_special_tokens:
+            given = await encode(state, prompt, add_special_tokens=False)
+        elif isinstance(prompt, str):
+            check_length(state, prompt)
+        await asyncio.sleep(0)  # a thousand prompts are no reason for others to wait
         prepared.append(
             await state.engine.prepare(given, params, priority=body.priority or 0, cache_salt=body.cache_salt)
         )
@@ -301,8 +309,8 @@ class _ChunkWriter:
             index=index,
             text=text,
             logprobs=logprobs,
-            finish_reason=choice.finish_reason,
-            stop_reason=choice.stop_reason,
+            finish_reason="length" if self._job.num_hidden and choice.finish_reason else choice.finish_reason,
+            stop_reason=None if self._job.num_hidden else choice.stop_reason,
             token_ids=token_ids if body.return_token_ids else None,
             prompt_token_ids=output.prompt_token_ids if body.return_token_ids and is_first else None,
             prompt_logprobs=found if choice.index == 0 else None,

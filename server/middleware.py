@@ -5,6 +5,8 @@ Plain ASGI throughout: a middleware that gathers bodies would break streams and 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -28,6 +30,8 @@ from quire.server.state import ServerState
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/openapi.json"})
 ADMIN_PREFIX = "/admin/"
+# How much of a body that is too large is read and thrown away, in body limits, and for how long.
+MAX_DISCARDED, DISCARD_SECONDS = 8, 2.0
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -151,6 +155,9 @@ class BodyLimit:
             await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if "expect" not in Headers(scope=scope):  # reading on would tell such a client to send its body
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(_discard(receive, MAX_DISCARDED * self._max_bytes), DISCARD_SECONDS)
         detail = ErrorDetail(
             f"the body is larger than the {self._max_bytes} bytes that this server takes; send less, or start it with a larger "
             "--max-body-bytes",
@@ -159,6 +166,16 @@ class BodyLimit:
             "body_too_large",
         )
         await json_response(ErrorResponse(detail), 413, {"Connection": "close"})(scope, receive, send)
+
+
+async def _discard(receive: Receive, max_bytes: int) -> None:
+    """Reads what is still being sent: a connection that is closed before is reset, and its client never sees the answer."""
+    num_bytes = 0
+    while num_bytes < max_bytes:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return
 
 
 class Observed:

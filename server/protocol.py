@@ -92,6 +92,10 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
     truncate_prompt_tokens: int | None = None
 
 
+MAX_STOP_STRINGS = 64  # each is looked for in every piece of text, on the event loop
+# Lists are walked in Python, so that even one of the same few items over and over costs the time of all others.
+_MAX_ITEMS = {"stop": MAX_STOP_STRINGS, "stop_token_ids": 1024, "bad_words": 1024}
+
 STRUCTURED = "structured output is not supported yet; describe the format in the prompt and check the answer"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((False,), "beam search is not supported; sample several with n"),
@@ -150,7 +154,7 @@ class UsageCounter:
     def usage(self, num_hidden: int = 0) -> Usage:
         """The sums so far; `num_hidden` completion tokens were made and are not shown."""
         num_prompt = sum(count for count, _ in self._prompts.values())
-        num_completion = self._num_completion - num_hidden
+        num_completion = max(self._num_completion - num_hidden, 0)  # of those some may be still to come
         cached = sum(count for _, count in self._prompts.values())
         return Usage(num_prompt, num_completion, num_prompt + num_completion, PromptTokensDetails(cached))
 
@@ -162,6 +166,7 @@ def check_common(body: GenerationFields, state: ServerState) -> None:
         value = getattr(body, name, None)
         if value is not None and value not in neutral:
             raise InvalidRequestError(f"{name} is not supported: {remedy}", parameter=name)
+    check_num_items(body, state)
     if body.response_format is not None and body.response_format.type != "text":
         raise InvalidRequestError(
             f"response_format {body.response_format.type!r} is not supported: {STRUCTURED}", parameter="response_format"
@@ -172,6 +177,27 @@ def check_common(body: GenerationFields, state: ServerState) -> None:
         )
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("stream_options needs stream: true", parameter="stream_options")
+
+
+def check_num_items(body: Struct, state: ServerState) -> None:
+    """Raises InvalidRequestError for lists that are longer than any use of them."""
+    vocab_size = state.engine.info.vocab_size if state.engine.info is not None else None
+    limits = _MAX_ITEMS | ({} if vocab_size is None else {"allowed_token_ids": vocab_size})
+    for name, most in limits.items():
+        value = getattr(body, name, None)
+        if isinstance(value, list) and len(value) > most:
+            raise InvalidRequestError(f"{name} has {len(value)} items, and at most {most} are taken", parameter=name)
+
+
+def check_choices(state: ServerState, num_choices: int, parameter: str = "n") -> None:
+    """Raises InvalidRequestError for more choices than the queue could ever hold, before work is done for them."""
+    settings = state.engine.scheduler_settings
+    most = 0 if settings is None else settings.max_queued_requests
+    if most and num_choices > most:
+        raise InvalidRequestError(
+            f"{num_choices} choices at once are more than the queue holds, {most}; send them in parts",
+            parameter=parameter,
+        )
 
 
 def check_model(model: str | None, state: ServerState) -> None:

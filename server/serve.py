@@ -25,6 +25,7 @@ from quire.kernels.errors import InvalidConfigError, NotServingError
 from quire.server.app import make_app
 from quire.server.engine_client import EngineClient
 from quire.server.engine_state import EngineState
+from quire.server.http_protocol import STALL_SECONDS, HttpProtocol
 from quire.server.metrics import ServerMetrics
 from quire.server.settings import ServerSettings
 from quire.server.state import ServerState
@@ -176,7 +177,7 @@ class Lifetime:
         return uvicorn.Config(
             make_app(self._state),
             lifespan="off",
-            http="httptools",
+            http=HttpProtocol,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -185,7 +186,7 @@ class Lifetime:
             ssl_keyfile=text(settings.ssl_keyfile),
             ssl_ca_certs=text(settings.ssl_ca_certs),
             ssl_cert_reqs=2 if settings.ssl_ca_certs else 0,
-            timeout_keep_alive=75,
+            timeout_keep_alive=int(STALL_SECONDS),
             timeout_graceful_shutdown=FLUSH_SECONDS,
             backlog=BACKLOG,
         )

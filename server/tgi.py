@@ -5,7 +5,6 @@ Owns the translation of its parameters, answers and errors. What it takes and th
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from quire.engine.sampling_params import RequestOutputKind, SamplingParams
 from quire.kernels.errors import InvalidRequestError, NotServingError, QueueFullError, QuireError
 from quire.server.openapi import Operation
 from quire.server.output_stream import OutputStream
+from quire.server.prompts import MAX_COUNTED_CHARS, check_length, encode
+from quire.server.protocol import MAX_STOP_STRINGS, check_num_items
 from quire.server.responses import (
     ClientDisconnected,
     event,
@@ -231,7 +232,12 @@ async def _prepare(state: ServerState, inputs: str, parameters: GenerateParamete
             "decoder_input_details is not streamed; ask /generate for it", parameter="decoder_input_details"
         )
     state.engine.check_serving()
-    prompt = inputs if parameters.truncate is None else await _truncated(state, inputs, parameters.truncate)
+    check_num_items(parameters, state)
+    prompt: str | list[int] = inputs
+    if parameters.truncate is None:
+        check_length(state, inputs, parameter="inputs")
+    else:
+        prompt = await _truncated(state, inputs, parameters.truncate)
     request = await state.engine.prepare(prompt, _params(parameters, is_stream))
     _check_room(state, parameters.max_new_tokens, len(request.prompt_token_ids))
     return _Job(state, inputs, parameters, request)
@@ -241,9 +247,7 @@ async def _truncated(state: ServerState, inputs: str, most: int) -> list[int]:
     """The last `most` tokens of the prompt."""
     if most < 1:
         raise InvalidRequestError(f"truncate is a number of tokens, at least 1, not {most}", parameter="truncate")
-    if state.engine.tokenizer is None:
-        raise InvalidRequestError("the model has no tokenizer to read inputs with", parameter="inputs")
-    return (await asyncio.to_thread(state.engine.tokenizer.encode, inputs))[-most:]
+    return (await encode(state, inputs, at_least=MAX_COUNTED_CHARS, parameter="inputs"))[-most:]
 
 
 def _check_room(state: ServerState, max_new_tokens: int | None, num_prompt_tokens: int) -> None:
@@ -411,7 +415,7 @@ async def info(request: Request) -> Response:
             model_device_type=found.platform,
             max_concurrent_requests=settings.max_queued_requests + settings.max_num_seqs,
             max_best_of=1,
-            max_stop_sequences=64,
+            max_stop_sequences=MAX_STOP_STRINGS,
             max_input_tokens=found.max_model_len - 1,
             max_total_tokens=found.max_model_len,
             max_batch_total_tokens=found.num_kv_blocks * found.block_size,

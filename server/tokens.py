@@ -11,10 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from quire.engine.tokenizer import Tokenizer
 from quire.kernels.errors import InvalidRequestError, NotServingError
-from quire.server.chat import render
 from quire.server.openapi import Operation
+from quire.server.prompts import MAX_COUNTED_CHARS, encode, render, tokenizer_of
 from quire.server.protocol import check_model, now
 from quire.server.responses import json_response, read_body
 from quire.server.state import ServerState, state_of
@@ -108,18 +107,12 @@ async def version(request: Request) -> Response:
     return json_response(Version())
 
 
-def _tokenizer(state: ServerState) -> Tokenizer:
-    if state.engine.tokenizer is None:
-        raise InvalidRequestError("the model has no tokenizer")
-    return state.engine.tokenizer
-
-
 async def tokenize(request: Request) -> Response:
     """Answers POST /tokenize."""
     state = state_of(request)
     body = await read_body(request, TokenizeRequest)
     check_model(body.model, state)
-    tokenizer, info = _tokenizer(state), state.engine.info
+    tokenizer, info = tokenizer_of(state), state.engine.info
     if info is None:
         raise NotServingError("the server is starting; /ready tells when it is done")
     if (body.prompt is None) == (body.messages is None):
@@ -133,11 +126,16 @@ async def tokenize(request: Request) -> Response:
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,
             add_special_tokens=bool(body.add_special_tokens),
+            at_least=MAX_COUNTED_CHARS,
         )
     else:
         assert body.prompt is not None
-        tokens = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens is not False)
-    strings = [tokenizer.id_to_token(token) or "" for token in tokens] if body.return_token_strs else None
+        tokens = await encode(
+            state, body.prompt, add_special_tokens=body.add_special_tokens is not False, at_least=MAX_COUNTED_CHARS
+        )
+    strings = None
+    if body.return_token_strs:
+        strings = await asyncio.to_thread(lambda: [tokenizer.id_to_token(token) or "" for token in tokens])
     return json_response(TokenizeResponse(len(tokens), info.max_model_len, tokens, strings))
 
 
@@ -146,8 +144,8 @@ async def detokenize(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, DetokenizeRequest)
     check_model(body.model, state)
-    tokenizer = _tokenizer(state)
-    for token in body.tokens:
+    tokenizer = tokenizer_of(state)
+    for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
         if not 0 <= token < tokenizer.vocab_size:
             raise InvalidRequestError(
                 f"token id {token} is outside the vocabulary, 0 to {tokenizer.vocab_size - 1}", parameter="tokens"
