@@ -49,7 +49,21 @@ def wrap(app: ASGIApp, state: ServerState) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    return Observed(app, state)
+    return _at_root_path(Observed(app, state), settings.root_path)
+
+
+def _at_root_path(app: ASGIApp, root_path: str) -> ASGIApp:
+    """Serves below the root path too, so that it does not matter whether the proxy in front takes it off."""
+    if not root_path:
+        return app
+    twice = 2 * root_path.rstrip("/") + "/"  # uvicorn puts it before whatever comes
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(twice):
+            scope["path"] = scope["path"][len(root_path.rstrip("/")) :]
+        await app(scope, receive, send)
+
+    return call
 
 
 def load_keys(settings: ServerSettings) -> tuple[bytes, ...]:
