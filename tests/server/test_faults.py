@@ -188,10 +188,10 @@ def test_full_queue_is_answered_429_with_the_time_to_wait(server: Server) -> Non
     assert server.post("/v1/completions", SHORT)[0] == 200
 
 
-def _status_and_wait(server: Server) -> tuple[int, str | None]:
+def _status_and_wait(server: Server, prompt: str | list[int] = "import os") -> tuple[int, str | None]:
     request = urllib.request.Request(
         server.url + "/v1/completions",
-        data=json.dumps({**LONG, "max_tokens": 60}).encode(),
+        data=json.dumps({**LONG, "prompt": prompt, "max_tokens": 60}).encode(),
         headers={"content-type": "application/json"},
     )
     try:
@@ -212,6 +212,36 @@ def test_queue_is_limited_by_tokens_too(server: Server) -> None:
         assert server.post("/v1/completions", {**SHORT, "prompt": list(range(5, 15))})[0] == 200
     finally:
         change_scheduler(server, max_queued_tokens=limit)
+
+
+def test_queue_full_of_tokens_is_answered_429(server: Server) -> None:
+    before = change_scheduler(server)["settings"]
+    change_scheduler(server, max_num_seqs=1, max_queued_tokens=30)
+    prompts = [list(range(5 + number, 25 + number)) for number in range(8)]
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda prompt: _status_and_wait(server, prompt), prompts))
+    finally:
+        change_scheduler(server, max_num_seqs=before["max_num_seqs"], max_queued_tokens=before["max_queued_tokens"])
+    assert {status for status, _ in answers} == {200, 429}
+    assert all(1 <= int(wait) <= 60 for status, wait in answers if status == 429)
+    server.wait_idle()
+
+
+def test_client_that_waits_for_a_whole_answer_and_goes_away_frees_its_blocks(server: Server) -> None:
+    before = server.metrics()
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "n": 8, "temperature": 1.0}).encode()
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.monotonic() + 30
+        while server.metrics()["vllm:num_requests_running"] == 0:
+            assert time.monotonic() < deadline
+    server.wait_idle()
+    after = server.metrics()
+    name = 'vllm:request_success_total{finished_reason="abort"}'
+    assert after[name] == before[name] + 1
+    assert after["vllm:generation_tokens_total"] - before["vllm:generation_tokens_total"] < 8 * LONG["max_tokens"]
 
 
 def test_slow_reader_holds_up_nobody_and_loses_nothing(server: Server) -> None:
