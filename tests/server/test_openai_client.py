@@ -7,7 +7,7 @@ import pytest
 
 from quire.engine import SamplingParams
 from tests.engine.engines import demo_engine
-from tests.server.conftest import Server
+from tests.server.conftest import ADMIN_KEY, Server
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Stack:\n    def push(self, item):"]
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "def add(a, b):"}]
@@ -174,6 +174,44 @@ def test_extras_of_vllm_are_honoured(client: openai.OpenAI) -> None:
     assert len(entries) == answer.usage.prompt_tokens
 
 
+def test_usage_never_counts_what_is_not_shown(client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="demo",
+        prompt=PROMPTS,
+        max_tokens=0,
+        echo=True,
+        stream=True,
+        extra_body={"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    )
+    chunks = list(stream)
+    assert {chunk.usage.completion_tokens for chunk in chunks} == {0}
+    assert {choice.finish_reason for chunk in chunks for choice in chunk.choices} == {"length"}
+
+
+def test_salted_prompts_share_nothing_with_others(client: openai.OpenAI) -> None:
+    def cached(salt: str | None) -> int:
+        extra = {} if salt is None else {"cache_salt": salt}
+        answer = client.completions.create(
+            model="demo", prompt=list(range(100, 180)), max_tokens=1, temperature=0, extra_body=extra
+        )
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert [cached(salt) for salt in (None, "a", "b")] == [0, 0, 0]
+    assert all(cached(salt) > 0 for salt in (None, "a", "b"))
+
+
+def test_priority_is_taken_where_the_policy_knows_it(client: openai.OpenAI, server: Server) -> None:
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    server.post("/admin/scheduler", {"scheduling_policy": "priority"}, **headers)
+    try:
+        answer = client.completions.create(
+            model="demo", prompt=PROMPTS[0], max_tokens=4, temperature=0, extra_body={"priority": 3}
+        )
+    finally:
+        server.post("/admin/scheduler", {"scheduling_policy": "fcfs"}, **headers)
+    assert [[answer.choices[0].text]] == offline(PROMPTS[:1], max_tokens=4, temperature=0)
+
+
 # ---- chat
 
 
@@ -213,6 +251,22 @@ def test_chat_logprobs_name_the_tokens_and_their_rivals(client: openai.OpenAI) -
         assert len(entry.top_logprobs) == 4
         assert entry.logprob == max(top.logprob for top in entry.top_logprobs)
         assert bytes(entry.bytes).decode() == entry.token
+
+
+def test_chat_brings_token_ids_and_prompt_logprobs_whole_and_streamed(client: openai.OpenAI) -> None:
+    arguments = {"model": "demo", "messages": MESSAGES, "max_tokens": 4, "temperature": 0}
+    extra = {"return_token_ids": True, "prompt_logprobs": 1}
+    whole = client.chat.completions.create(**arguments, extra_body=extra)
+    assert whole.prompt_token_ids == chat_prompt(MESSAGES)["prompt_token_ids"]
+    assert demo_engine().tokenizer.decode(whole.choices[0].token_ids) == whole.choices[0].message.content
+    assert whole.prompt_logprobs[0] is None
+    assert len(whole.prompt_logprobs) == whole.usage.prompt_tokens
+    chunks = list(client.chat.completions.create(**arguments, stream=True, extra_body=extra))
+    assert chunks[0].prompt_token_ids == whole.prompt_token_ids
+    assert chunks[0].prompt_logprobs[1].keys() == whole.prompt_logprobs[1].keys()
+    assert len(chunks[0].prompt_logprobs) == len(whole.prompt_logprobs)
+    streamed = [token for chunk in chunks for choice in chunk.choices for token in choice.token_ids or ()]
+    assert streamed == whole.choices[0].token_ids
 
 
 def test_final_message_is_continued(client: openai.OpenAI) -> None:
