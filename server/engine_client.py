@@ -254,16 +254,14 @@ class EngineClient:
             )
         return request
 
-    def open(self, *requests: ProcessedRequest, timeout: float | None = None) -> OutputStream:
+    def open(self, *requests: ProcessedRequest) -> OutputStream:
         """Hands prepared requests to the engine, all or none.
 
-        `timeout` in seconds may shorten the server's own limit, never lengthen it. Raises QueueFullError, NotServingError or
-        EngineDeadError; InvalidRequestError for more than the queue could ever hold.
+        Raises QueueFullError, NotServingError or EngineDeadError; InvalidRequestError for more than the queue could ever hold.
         """
         self.check_serving()
         self._check_queue(requests)
-        limits = [seconds for seconds in (timeout, self._settings.request_timeout) if seconds]
-        stream = OutputStream(requests, self._abort, min(limits, default=None))
+        stream = OutputStream(requests, self._abort, self._settings.request_timeout or None)
         traceparent = TRACEPARENT.get()
         for request in requests:
             self._outputs.add(request)

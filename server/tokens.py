@@ -145,6 +145,11 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest)
     check_model(body.model, state)
     tokenizer = tokenizer_of(state)
+    if len(body.tokens) > MAX_COUNTED_CHARS:
+        raise InvalidRequestError(
+            f"{len(body.tokens)} tokens are more than the {MAX_COUNTED_CHARS} of one body; send them in parts",
+            parameter="tokens",
+        )
     for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
         if not 0 <= token < tokenizer.vocab_size:
             raise InvalidRequestError(

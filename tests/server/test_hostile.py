@@ -59,6 +59,7 @@ COSTLY = {
     ),
     "text to count": ("/tokenize", {"prompt": "def f(x): " * 1_500_000}, "prompt"),
     "conversation to count": ("/tokenize", {"messages": [{"role": "user", "content": "a b" * 10**6}]}, "prompt"),
+    "tokens": ("/detokenize", {"tokens": [5] * 5_000_000}, "tokens"),
     "stop strings": ("/v1/completions", {**SHORT, "stop": [f"z{number}" for number in range(10_000)]}, "stop"),
     "stop tokens": ("/v1/completions", numbers(5_000_000, "stop_token_ids"), "stop_token_ids"),
     "allowed tokens": ("/v1/completions", numbers(5_000_000, "allowed_token_ids"), "allowed_token_ids"),

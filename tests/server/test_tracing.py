@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -15,6 +18,7 @@ from quire.kernels.errors import InvalidConfigError
 from quire.server import tracing
 from quire.server.metrics import FinishedRequest
 from quire.server.tracing import Tracer, make_tracer
+from tests.server.conftest import start_server
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -70,3 +74,27 @@ def test_no_collector_no_tracer_and_no_packages_is_said(monkeypatch: pytest.Monk
     monkeypatch.setattr(tracing.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InvalidConfigError, match="otel"):
         make_tracer("http://127.0.0.1:4318/v1/traces")
+
+
+def test_server_sends_the_spans_of_its_requests_before_it_ends() -> None:
+    received: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        with start_server("--otlp-endpoint", f"http://127.0.0.1:{collector.server_port}/v1/traces") as server:
+            assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 2}, traceparent=PARENT)[0] == 200
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(timeout=30) == 0
+        collector.shutdown()
+    sent = b"".join(received)
+    assert bytes.fromhex(PARENT.split("-")[1]) in sent
+    assert b"llm_request" in sent
