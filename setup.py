@@ -31,7 +31,9 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         import jaxlib  # a build requirement: not there yet when setup.py is only asked for metadata
 
-        self.include_dirs.append(str(Path(jaxlib.__file__).parent / "include"))
+        headers = Path(jaxlib.__file__).parent / "include"
+        for extension in self.extensions:
+            extension.extra_compile_args += ["-isystem", str(headers)]
         super().run()
 
     def build_extension(self, ext: Extension) -> None:

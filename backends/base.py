@@ -104,6 +104,8 @@ class ShapeLimits:
     max_model_len: int
     block_size: int
     decode_steps_per_dispatch: int
+    is_padding_free: bool = False
+    """Whether a step costs what is in it and not what its shape could hold, so that fewer shapes do."""
 
 
 Program = Callable[..., Any]

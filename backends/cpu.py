@@ -20,7 +20,7 @@ from quire.models.config import ModelConfig
 
 # Rows of a decode rectangle grow by this factor from shape to shape: a step is at most so much wider than its batch.
 ROW_FACTOR = 4
-# A second, shorter context is compiled where the reference attention, which gathers a row's whole table, would gain most.
+# A second, shorter context is compiled for the reference attention, which gathers a row's whole table, where it would gain most.
 SHORT_CONTEXT_SHARE = 4
 MIN_SHORT_CONTEXT = 256
 
@@ -82,14 +82,15 @@ class CpuBackend:
     def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
         full = -(-limits.max_model_len // limits.block_size)
         short = max(full // SHORT_CONTEXT_SHARE, -(-MIN_SHORT_CONTEXT // limits.block_size))
-        contexts = (short, full) if 2 * short <= full else (full,)
+        contexts = (short, full) if 2 * short <= full and not limits.is_padding_free else (full,)
         rows = decode_row_sizes(limits.max_num_seqs)
         step_counts = sorted({1, limits.decode_steps_per_dispatch})
         decode = [
             StepShape(r, 0, self.capabilities.tile_size, c, n) for r in rows for c in contexts for n in step_counts
         ]
         tiles = sorted({min(2, limits.max_prefill_tiles), limits.max_prefill_tiles})
-        mixed_rows = sorted({rows[min(1, len(rows) - 1)], rows[-1]})
+        # Rows that nobody holds cost no more than their logits where padding is left out.
+        mixed_rows = [rows[-1]] if limits.is_padding_free else sorted({rows[min(1, len(rows) - 1)], rows[-1]})
         mixed = [StepShape(r, p, self.capabilities.tile_size, full) for r in mixed_rows for p in tiles]
         return with_sampling(decode, mixed)
 

@@ -284,6 +284,7 @@ def _make_runner(
             max_model_len=resolved.max_model_len,
             block_size=resolved.block_size,
             decode_steps_per_dispatch=config.scheduler.decode_steps_per_dispatch,
+            is_padding_free=ops.is_padding_free,
         )
     )
     return ModelRunner(

@@ -25,7 +25,7 @@ from quire.engine.sampling_params import (
     SamplingParams,
 )
 from quire.engine.step_data import AdmittedRequest
-from quire.kernels.paged_attention.contract import cache_shape
+from quire.kernels.paged_attention.contract import NewCache, cache_shape
 from quire.kernels.sampling.noise import seed_key
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.config import ModelConfig
@@ -161,14 +161,19 @@ def cache_block_bytes(config: ModelConfig, block_size: int, dtype: str) -> int:
 
 
 def empty_kv_cache(
-    config: ModelConfig, capabilities: Capabilities, num_blocks: int, block_size: int, dtype: str
+    config: ModelConfig,
+    capabilities: Capabilities,
+    num_blocks: int,
+    block_size: int,
+    dtype: str,
+    new_cache: NewCache,
 ) -> jax.Array | tuple[jax.Array, ...]:
-    """A cache of zeros in the layout of the backend: one array with layer l's blocks from l * num_blocks on, or one per layer."""
+    """A cache without tokens in the layout of the backend: one array with layer l's blocks from l * num_blocks on, or one per layer."""
     bits = jnp.dtype(capabilities.cache_bits_dtype.get(dtype, dtype))
     shape = cache_shape(num_blocks, block_size, config.num_kv_heads, config.head_dim)
     if capabilities.scan_layers:
-        return jnp.zeros((config.num_layers * num_blocks, *shape[1:]), bits)
-    return tuple(jnp.zeros(shape, bits) for _ in range(config.num_layers))
+        return new_cache((config.num_layers * num_blocks, *shape[1:]), bits)
+    return tuple(new_cache(shape, bits) for _ in range(config.num_layers))
 
 
 def _bitmask(token_ids: tuple[int, ...], num_words: int) -> np.ndarray:

@@ -85,7 +85,14 @@ class ModelRunner:
         self.compilations = CompilationCounter()
         self.counters = RunnerCounters()
         self.state = DeviceState(
-            kv_cache=empty_kv_cache(model, backend.capabilities, config.num_kv_blocks, config.block_size, config.dtype),
+            kv_cache=empty_kv_cache(
+                model,
+                backend.capabilities,
+                config.num_kv_blocks,
+                config.block_size,
+                config.dtype,
+                step_config.ops.new_cache.function,
+            ),
             slots=empty_slots(config.max_num_seqs, config.max_model_len, model.vocab_size),
         )
 

@@ -164,9 +164,10 @@ def _places_of_step(shape: StepShape, inputs: ModelInput, rectangles: _Rectangle
     parts = []
     if shape.decode_rows:
         lens = (rectangles.decode_lens, rectangles.decode_query_lens)
-        parts.append(RowsOfTokens(1, inputs.decode_tables, *lens))
+        parts.append(RowsOfTokens(inputs.decode_tables, *lens, width=1))
     if shape.prefill_tiles:
-        parts.append(RowsOfTokens(shape.tile_size, inputs.tile_tables, rectangles.tile_lens, inputs.tile_lens))
+        lens = (rectangles.tile_lens, inputs.tile_lens)
+        parts.append(RowsOfTokens(inputs.tile_tables, *lens, width=shape.tile_size))
     return StepPlaces(rectangles.write_blocks, rectangles.write_offsets, parts)
 
 
@@ -205,13 +206,15 @@ def _make_run_layer(config: StepConfig, places: StepPlaces) -> RunLayer | None:
     fused = config.ops.fused_layer
     if fused is None:
         return None
+    # Compiled inside the step's program: layers that are alike are then traced and lowered once.
+    traced_once = jax.jit(fused, static_argnames="spec")
 
     def run_layer(
         layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], kv_cache: Any, info: LayerInfo
     ) -> tuple[jax.Array, Any]:
         cache, _ = _layer_cache(kv_cache, info, config.model.num_layers)
         assert info.sliding_window is None or isinstance(info.sliding_window, int), "fused layers are unrolled"
-        x, cache = fused(layer, x, rope, cache, places, layer_spec(config.model, info.sliding_window))
+        x, cache = traced_once(layer, x, rope, cache, places, spec=layer_spec(config.model, info.sliding_window))
         return x, _with_layer_cache(kv_cache, info, cache)
 
     return run_layer

@@ -18,7 +18,7 @@ from quire.kernels.errors import KernelUnavailableError
 from quire.kernels.linear.contract import PrepareWeight
 from quire.kernels.native import library
 from quire.kernels.op import Choice, Implementation, Op, OpContext
-from quire.kernels.paged_attention.contract import PagedAttention, WriteKV
+from quire.kernels.paged_attention.contract import NewCache, PagedAttention, WriteKV
 from quire.kernels.sampling.contract import Sample
 from quire.kernels.sampling.reference import sample
 
@@ -41,6 +41,9 @@ def _composed(*_: Any, **__: Any) -> Any:
 LINEAR: Op[PrepareWeight] = Op(
     "linear", (*_native(linear_cpu.prepare), Implementation(REFERENCE, linear_reference.prepare))
 )
+NEW_CACHE: Op[NewCache] = Op(
+    "new_cache", (*_native(attention_cpu.new_cache), Implementation(REFERENCE, attention_reference.new_cache))
+)
 WRITE_KV: Op[WriteKV] = Op(
     "write_kv", (*_native(attention_cpu.write_kv), Implementation(REFERENCE, attention_reference.write_kv))
 )
@@ -53,7 +56,7 @@ DECODER_LAYER: Op[DecoderLayer] = Op(
     (*_native(decoder_layer_cpu.decoder_layer), Implementation(COMPOSED, _composed)),
 )
 SAMPLE: Op[Sample] = Op("sample", (Implementation(REFERENCE, sample),))
-OPS: tuple[Op[Any], ...] = (LINEAR, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
+OPS: tuple[Op[Any], ...] = (LINEAR, NEW_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Ops:
     """One chosen implementation per op."""
 
     linear: Choice[PrepareWeight]
+    new_cache: Choice[NewCache]
     write_kv: Choice[WriteKV]
     paged_attention: Choice[PagedAttention]
     decoder_layer: Choice[DecoderLayer]
@@ -70,6 +74,11 @@ class Ops:
     def fused_layer(self) -> DecoderLayer | None:
         """The op that runs a whole layer; None where the model composes it from the others."""
         return None if self.decoder_layer.name == COMPOSED else self.decoder_layer.function
+
+    @property
+    def is_padding_free(self) -> bool:
+        """Whether a step costs what is in it: fused layers compute real tokens only, and attend to real keys only."""
+        return self.fused_layer is not None
 
     def describe(self) -> str:
         """One line per op: what runs, and why not something else."""
@@ -97,6 +106,7 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
         linear = LINEAR.choose(context, REFERENCE)
     return Ops(
         linear=linear,
+        new_cache=NEW_CACHE.choose(context, wanted.get(NEW_CACHE.name)),
         write_kv=WRITE_KV.choose(context, wanted.get(WRITE_KV.name)),
         paged_attention=PAGED_ATTENTION.choose(context, wanted.get(PAGED_ATTENTION.name)),
         decoder_layer=layer,

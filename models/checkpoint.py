@@ -82,6 +82,14 @@ def load_params(
 
         def make(spec: ParamSpec, layer: int | None) -> Any:
             nonlocal done
+            if spec.num_experts is None and (layer is not None or not spec.is_per_layer):
+                # The file's own memory, in its own order: whoever packs it reads it there.
+                tensor = files.read(spec.hf_name.format(layer=layer), spec.rows)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+                tensor = tensor if tensor.dtype == dtype else tensor.astype(dtype)
+                return place(spec, tensor.T if spec.transpose else tensor)
             array = np.empty(spec.shape if layer is None else spec.layer_shape, dtype)
             for hf_name, part in _parts(spec, array, layer):
                 _copy(files.read(hf_name, spec.rows), part, transpose=spec.transpose)

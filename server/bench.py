@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quire.bench import compare, offline, scheduler, serve
+from quire.bench import compare, offline, quality, scheduler, serve
 
 
 def add_command(commands: Any) -> None:
@@ -13,5 +13,5 @@ def add_command(commands: Any) -> None:
         "bench", help="measure; each benchmark prints one JSON line; compare says better or worse"
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for module in (offline, scheduler, serve, compare):
+    for module in (offline, scheduler, quality, serve, compare):
         module.add_command(benchmarks)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import flax.struct
 import jax
 
 
@@ -38,22 +39,22 @@ class LayerSpec:
     norm_topk_prob: bool
 
 
-@dataclass(frozen=True)
+@flax.struct.dataclass
 class RowsOfTokens:
     """One rectangle of a step: R rows of W tokens each, which lie one after the other in [T]."""
 
-    width: int
-    block_tables: jax.Array  # [R, M] int32
-    seq_lens: jax.Array  # [R] int32
-    query_lens: jax.Array  # [R] int32
+    block_tables: Any  # [R, M] int32
+    seq_lens: Any  # [R] int32
+    query_lens: Any  # [R] int32
+    width: int = flax.struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
+@flax.struct.dataclass
 class StepPlaces:
     """Where the tokens of a step belong; the same for every layer."""
 
-    write_blocks: jax.Array  # [T] int32
-    write_offsets: jax.Array  # [T] int32
+    write_blocks: Any  # [T] int32
+    write_offsets: Any  # [T] int32
     rectangles: Sequence[RowsOfTokens]
 
 

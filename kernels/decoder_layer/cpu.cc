@@ -1,7 +1,8 @@
 // One decoder layer in one call: norms, projections, rotation, cache write, attention, gated MLP or experts, and the sums between them.
 //
 // What is fused saves two things: hundreds of small programs a step between the products, and the waking of threads for each. The
-// pieces are those of quire.models.decoder, with the same roundings.
+// pieces are those of quire.models.decoder, with the same roundings. Padding is left out from the start: only a row's real tokens are computed, so
+// a step costs what is in it, whatever the shape that it was compiled for.
 //
 // T tokens of the step, D hidden size, N query heads, K key/value heads, H head_dim, F width of the MLP or of one expert, R rotated
 // dimensions, E experts, k experts per token.
@@ -24,7 +25,7 @@ struct LayerSpec {
   AttentionShape attention;
   float eps, norm_offset;
   bool has_qkv_bias, has_o_bias, has_mlp_bias, has_qk_norm, has_post_norms;
-  size_t num_tokens, hidden, mlp, half_rotary;
+  size_t hidden, mlp, half_rotary;
   size_t num_experts, experts_per_token;  // 0 and 1 for a plain MLP
   bool norm_topk;
 
@@ -49,7 +50,8 @@ template <class T>
 class Layer {
  public:
   Layer(const LayerSpec& spec, const LayerArguments<T>& args, const Cache<T>& cache, T* out, Team& team)
-      : spec_(spec), args_(args), cache_(cache), out_(out), team_(team), num_tokens_(spec.num_tokens) {
+      : spec_(spec), args_(args), cache_(cache), out_(out), team_(team) {
+    find_real_tokens();
     q_width_ = static_cast<size_t>(spec.attention.num_heads) * spec.attention.head_dim;
     kv_width_ = static_cast<size_t>(spec.attention.num_kv_heads) * spec.attention.head_dim;
     qkv_stride_ = q_width_ + 2 * kv_width_;
@@ -60,7 +62,7 @@ class Layer {
 
   void run() {
     for_tokens(team_, num_tokens_, [&](size_t first, size_t end) {
-      for (size_t t = first; t < end; ++t) norm_to_rows(args_.x + t * spec_.hidden, args_.input_norm, t, spec_.hidden);
+      for (size_t t = first; t < end; ++t) norm_to_rows(args_.x + places_[t] * spec_.hidden, args_.input_norm, t, spec_.hidden);
     });
     project_qkv();
     attend();
@@ -68,8 +70,8 @@ class Layer {
     project_to_hidden(args_.o, args_.o_bias);
     for_tokens(team_, num_tokens_, [&](size_t first, size_t end) {
       for (size_t t = first; t < end; ++t) {
-        add_to_residual(args_.x + t * spec_.hidden, args_.post_attention_norm, t);
-        norm_to_rows(out_ + t * spec_.hidden, args_.pre_mlp_norm, t, spec_.hidden);
+        add_to_residual(args_.x + places_[t] * spec_.hidden, args_.post_attention_norm, t);
+        norm_to_rows(out_ + places_[t] * spec_.hidden, args_.pre_mlp_norm, t, spec_.hidden);
         if (spec_.has_experts()) {
           const T* normed = static_cast<const T*>(scratch<3>(spec_.hidden * sizeof(T)));  // where norm_to_rows has left it
           row_to_words(normed, spec_.hidden, router_format(), router_rows_.words + t * args_.router.row_words(), nullptr);
@@ -81,7 +83,7 @@ class Layer {
     to_rows(activated_, spec_.mlp, num_mlp_rows_);
     down();
     for_tokens(team_, num_tokens_, [&](size_t first, size_t end) {
-      for (size_t t = first; t < end; ++t) add_to_residual(out_ + t * spec_.hidden, args_.post_mlp_norm, t);
+      for (size_t t = first; t < end; ++t) add_to_residual(out_ + places_[t] * spec_.hidden, args_.post_mlp_norm, t);
     });
   }
 
@@ -91,6 +93,21 @@ class Layer {
     Matrix gate, up, down;
     size_t first, end;
   };
+
+  // Numbers the real tokens in order. Whatever comes out for padding has only to be finite.
+  void find_real_tokens() {
+    size_t place = 0;
+    for (int i = 0; i < args_.num_rectangles; ++i) {
+      const Rectangle& rectangle = args_.rectangles[i];
+      for (int row = 0; row < rectangle.num_rows; ++row, place += rectangle.width) {
+        const size_t count = rectangle.num_queries(row);
+        first_tokens_.push_back(places_.size());
+        for (size_t w = 0; w < count; ++w) places_.push_back(place + w);
+        std::fill_n(out_ + (place + count) * spec_.hidden, (rectangle.width - count) * spec_.hidden, T());
+      }
+    }
+    num_tokens_ = places_.size();
+  }
 
   // Memory of the calling thread for what passes between the loops; helpers are handed pointers into it.
   void reserve() {
@@ -153,7 +170,7 @@ class Layer {
         T *k = q + q_width_, *v = k + kv_width_;
         prepare_heads(q, spec_.attention.num_heads, args_.q_norm, t);
         prepare_heads(k, spec_.attention.num_kv_heads, args_.k_norm, t);
-        write_token(cache_, k, v, args_.blocks[t], args_.offsets[t]);
+        write_token(cache_, k, v, args_.blocks[places_[t]], args_.offsets[places_[t]]);
       }
     });
   }
@@ -163,13 +180,14 @@ class Layer {
     for (int head = 0; head < num_heads; ++head) {
       T* x = heads + head * head_dim;
       if (norm != nullptr) rms_norm(x, norm, head_dim, spec_.eps, spec_.norm_offset, x);
-      rotate(x, args_.cos + t * spec_.half_rotary, args_.sin + t * spec_.half_rotary, spec_.half_rotary);
+      rotate(x, args_.cos + places_[t] * spec_.half_rotary, args_.sin + places_[t] * spec_.half_rotary, spec_.half_rotary);
     }
   }
 
   void attend() {
     const Attention<T> attention(spec_.attention, cache_, qkv_, qkv_stride_, attended_, q_width_);
-    attend_rectangles(team_, attention, args_.rectangles, args_.num_rectangles, spec_.attention.num_kv_heads);
+    attend_rectangles(team_, attention, args_.rectangles, args_.num_rectangles, spec_.attention.num_kv_heads,
+                      first_tokens_.data());
   }
 
   // rows_ times a matrix that leads back to the hidden size, into hidden_.
@@ -185,7 +203,7 @@ class Layer {
   void add_to_residual(const T* residual, const T* norm, size_t t) {
     T* hidden = hidden_ + t * spec_.hidden;
     if (norm != nullptr) rms_norm(hidden, norm, spec_.hidden, spec_.eps, spec_.norm_offset, hidden);
-    add_row(residual, hidden, spec_.hidden, out_ + t * spec_.hidden);
+    add_row(residual, hidden, spec_.hidden, out_ + places_[t] * spec_.hidden);
   }
 
   // Chooses the experts of every token and lays the rows of each expert one after the other: a segment.
@@ -301,6 +319,8 @@ class Layer {
   Cache<T> cache_;
   T* out_;
   Team& team_;
+  std::vector<size_t> places_;        // of each real token among the tokens of the step
+  std::vector<size_t> first_tokens_;  // of each row, among the real tokens
   size_t num_tokens_, q_width_, kv_width_, qkv_stride_;
   size_t num_mlp_rows_;  // tokens, each as often as it goes to an expert
   Rows rows_, routed_, router_rows_;
@@ -319,7 +339,6 @@ LayerArguments<T> read(Arguments& from, const LayerSpec& spec, const int64_t* wi
   args.blocks = from.data<const int32_t>();
   args.offsets = from.data<const int32_t>();
   args.num_rectangles = num_rectangles;
-  size_t first_token = 0;
   for (int i = 0; i < num_rectangles; ++i) {
     Rectangle& r = args.rectangles[i];
     const ffi::AnyBuffer tables = from.next();
@@ -329,8 +348,6 @@ LayerArguments<T> read(Arguments& from, const LayerSpec& spec, const int64_t* wi
     r.width = static_cast<int>(widths[i]);
     r.seq_lens = from.data<const int32_t>();
     r.query_lens = from.data<const int32_t>();
-    r.first_token = first_token;
-    first_token += static_cast<size_t>(r.num_rows) * r.width;
   }
   const size_t q_width = static_cast<size_t>(spec.attention.num_heads) * spec.attention.head_dim;
   const size_t kv_width = static_cast<size_t>(spec.attention.num_kv_heads) * spec.attention.head_dim;
@@ -402,7 +419,6 @@ ffi::Error decoder_layer(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer,
   spec.has_mlp_bias = flags & kMlpBias;
   spec.has_qk_norm = flags & kQkNorm;
   spec.has_post_norms = flags & kPostNorms;
-  spec.num_tokens = x.dimensions()[0];
   spec.hidden = x.dimensions()[1];
   spec.mlp = mlp;
   spec.half_rotary = half_rotary;

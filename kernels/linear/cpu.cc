@@ -44,13 +44,25 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs buf
   return ffi::Error::Success();
 }
 
-// Value k of column n.
-float element(const Matrix& matrix, size_t k, size_t n) {
+// One column of a packed matrix as a row [K].
+template <class T>
+void take_column(const Matrix& matrix, size_t n, T* row) {
   const size_t g = values_per_word(matrix.format);
-  const uint32_t* word = matrix.panel(n / kPanel) + k / g * kPanel + n % kPanel;
-  if (matrix.format == Format::kFloat32) return *reinterpret_cast<const float*>(word);
-  if (matrix.format == Format::kBfloat16) return to_float(static_cast<bf16>(*word >> (16 * (k % 2))));
-  return static_cast<float>(static_cast<int8_t>(*word >> (8 * (k % 4)))) * matrix.scales[n];
+  const uint32_t* word = matrix.panel(n / kPanel) + n % kPanel;
+  for (size_t k = 0; k < matrix.k; k += g, word += kPanel) {
+    if (matrix.format == Format::kFloat32) {
+      float value;
+      std::memcpy(&value, word, sizeof value);
+      assign(row[k], value);
+    } else {
+      for (size_t i = 0; i < std::min(g, matrix.k - k); ++i) {
+        if (matrix.format == Format::kBfloat16)
+          assign(row[k + i], to_float(static_cast<bf16>(*word >> (16 * i))));
+        else
+          assign(row[k + i], static_cast<float>(static_cast<int8_t>(*word >> (8 * i))) * matrix.scales[n]);
+      }
+    }
+  }
 }
 
 template <class T>
@@ -58,7 +70,7 @@ void take_all(Team& team, const Matrix& matrix, ffi::Buffer<ffi::S32> ids, T* ou
   for_tokens(team, ids.element_count(), [&](size_t first, size_t end) {
     for (size_t t = first; t < end; ++t) {
       const int64_t id = std::min<int64_t>(std::max<int64_t>(ids.typed_data()[t], 0), static_cast<int64_t>(matrix.n) - 1);
-      for (size_t k = 0; k < matrix.k; ++k) assign(out[t * matrix.k + k], element(matrix, k, static_cast<size_t>(id)));
+      take_column(matrix, static_cast<size_t>(id), out + t * matrix.k);
     }
   });
 }

@@ -23,7 +23,14 @@ INSTRUCTION_SETS: dict[str, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "portable": frozenset(),
 }
-HANDLERS = ("quire_linear", "quire_columns", "quire_write_kv", "quire_paged_attention", "quire_decoder_layer")
+HANDLERS = (
+    "quire_linear",
+    "quire_columns",
+    "quire_new_cache",
+    "quire_write_kv",
+    "quire_paged_attention",
+    "quire_decoder_layer",
+)
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}  # `Format` in matrix.h
 DTYPES = ("float32", "bfloat16")  # of activations and cache
 PANEL = 32  # columns that are packed together; kPanel in matrix.h

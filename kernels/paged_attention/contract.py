@@ -10,9 +10,17 @@ once per rectangle, with the rectangles' reads in between, it was copied twice p
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+
+
+class NewCache(Protocol):
+    """Allocates a cache that no token was written to."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """An array of the given shape; what it holds is without meaning, since nothing is read that was not written before."""
+        ...
 
 
 class WriteKV(Protocol):

@@ -1,6 +1,12 @@
 // The two ops of quire.kernels.paged_attention.contract as handlers.
 #include "cpu.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <vector>
+
 #include "handler.h"
 #include "product.h"
 
@@ -23,6 +29,20 @@ void write_all(Team& team, const Cache<T>& cache, ffi::AnyBuffer k, ffi::AnyBuff
   });
 }
 
+// Leaves the memory untouched: a cache is mostly room for what may come, and a page that was never written takes none.
+ffi::Error new_cache(ffi::Result<ffi::AnyBuffer> cache) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(cache->untyped_data()), end = begin + cache->size_bytes();
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  // Advice: where it is not taken, pages are small.
+  if (end > first) madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);
+#else
+  (void)cache;
+#endif
+  return ffi::Error::Success();
+}
+
 ffi::Error write_kv(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::Buffer<ffi::S32> blocks,
                     ffi::Buffer<ffi::S32> offsets, ffi::Result<ffi::AnyBuffer> cache) {
   Team team(pool);
@@ -36,8 +56,15 @@ ffi::Error write_kv(ffi::ThreadPool pool, ffi::AnyBuffer, ffi::AnyBuffer k, ffi:
 template <class T>
 void attend_all(Team& team, const AttentionShape& shape, ffi::AnyBuffer q, ffi::AnyBuffer cache, const Rectangle& rectangle, ffi::AnyBuffer out) {
   const size_t stride = static_cast<size_t>(shape.num_heads) * shape.head_dim;
-  const Attention<T> attention(shape, view<T>(cache), static_cast<const T*>(q.untyped_data()), stride, static_cast<T*>(out.untyped_data()), stride);
-  attend_rectangles(team, attention, &rectangle, 1, shape.num_kv_heads);
+  T* to = static_cast<T*>(out.untyped_data());
+  std::vector<size_t> first_tokens(rectangle.num_rows);
+  for (int row = 0; row < rectangle.num_rows; ++row) {
+    first_tokens[row] = static_cast<size_t>(row) * rectangle.width;
+    const int num_queries = rectangle.num_queries(row);
+    std::fill_n(to + (first_tokens[row] + num_queries) * stride, (rectangle.width - num_queries) * stride, T());  // padding is finite
+  }
+  const Attention<T> attention(shape, view<T>(cache), static_cast<const T*>(q.untyped_data()), stride, to, stride);
+  attend_rectangles(team, attention, &rectangle, 1, shape.num_kv_heads, first_tokens.data());
 }
 
 ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer cache, ffi::Buffer<ffi::S32> tables,
@@ -62,6 +89,8 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffe
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_new_cache, new_cache, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_write_kv, write_kv,
                               ffi::Ffi::Bind()

@@ -38,13 +38,14 @@ struct Cache {
   T* value(int block, int offset, int head) const { return key(block, offset, head) + head_dim; }
 };
 
-// Rows [R, W] of one rectangle; their queries are tokens first_token ... of the step.
+// Rows [R, W] of one rectangle.
 struct Rectangle {
   int num_rows = 0, width = 0, max_blocks = 0;
   const int32_t* tables = nullptr;      // [R, M]
   const int32_t* seq_lens = nullptr;    // [R]
   const int32_t* query_lens = nullptr;  // [R]
-  size_t first_token = 0;
+
+  int num_queries(int row) const { return std::min(std::max(query_lens[row], 0), width); }
 };
 
 inline void transpose_words(const uint32_t* const source[16], size_t count, uint32_t* to) {
@@ -91,7 +92,7 @@ class Attention {
   static constexpr Format kFormat = sizeof(T) == sizeof(float) ? Format::kFloat32 : Format::kBfloat16;
   using Dot = std::conditional_t<sizeof(T) == sizeof(float), DotFloat32, DotBfloat16>;
 
-  // q and out are [T, N, H] of the step, q_stride and out_stride elements from token to token.
+  // q and out hold a query's heads [N, H] together, q_stride and out_stride elements from token to token.
   Attention(const AttentionShape& shape, const Cache<T>& cache, const T* q, size_t q_stride, T* out, size_t out_stride)
       : shape_(shape), cache_(cache), q_(q), q_stride_(q_stride), out_(out), out_stride_(out_stride) {
     group_ = shape.num_heads / shape.num_kv_heads;
@@ -100,11 +101,9 @@ class Attention {
     value_panels_ = num_panels(shape.head_dim);
   }
 
-  void unit(const Rectangle& rectangle, int row, int kv_head) const {
-    const int num_queries = std::min(rectangle.query_lens[row], rectangle.width);
-    const size_t first_token = rectangle.first_token + static_cast<size_t>(row) * rectangle.width;
-    for (int w = std::max(num_queries, 0); w < rectangle.width; ++w)
-      std::fill_n(out_ + (first_token + w) * out_stride_ + kv_head * group_ * shape_.head_dim, group_ * shape_.head_dim, T());
+  // Attends with the queries of one row for one key/value head; first_token is where they begin in q and out.
+  void unit(const Rectangle& rectangle, int row, int kv_head, size_t first_token) const {
+    const int num_queries = rectangle.num_queries(row);
     if (num_queries > 0) attend(rectangle, row, kv_head, num_queries, first_token);
   }
 
@@ -256,15 +255,17 @@ class Attention {
   size_t head_words_, key_words_, value_panels_;
 };
 
-// Every row and key/value head of the rectangles, shared among the team.
+// Every row and key/value head of the rectangles, shared among the team. first_tokens holds where each row's queries begin, row after row.
 template <class T>
-inline void attend_rectangles(Team& team, const Attention<T>& attention, const Rectangle* rectangles, int num_rectangles, int num_kv_heads) {
+inline void attend_rectangles(Team& team, const Attention<T>& attention, const Rectangle* rectangles, int num_rectangles, int num_kv_heads,
+                              const size_t* first_tokens) {
   int total = 0;
-  for (int i = 0; i < num_rectangles; ++i) total += rectangles[i].num_rows * num_kv_heads;
-  team.for_each(total, [&](int chunk) {
-    int i = 0;
-    for (; chunk >= rectangles[i].num_rows * num_kv_heads; ++i) chunk -= rectangles[i].num_rows * num_kv_heads;
-    attention.unit(rectangles[i], chunk / num_kv_heads, chunk % num_kv_heads);
+  for (int i = 0; i < num_rectangles; ++i) total += rectangles[i].num_rows;
+  team.for_each(total * num_kv_heads, [&](int chunk) {
+    const int kv_head = chunk % num_kv_heads, number = chunk / num_kv_heads;
+    int i = 0, row = number;
+    for (; row >= rectangles[i].num_rows; ++i) row -= rectangles[i].num_rows;
+    attention.unit(rectangles[i], row, kv_head, first_tokens[number]);
   });
 }
 

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
 from quire.kernels.native.library import load_library
+
+
+def new_cache(instruction_set: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """`contract.NewCache`: memory that takes no room before it is used, in huge pages."""
+    cache: jax.Array = _allocation(instruction_set, shape, dtype)()
+    return cache
+
+
+@functools.cache
+def _allocation(instruction_set: str, shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
+    """The program that allocates one layer's cache; all layers share it. Its side effect keeps it from being run just once."""
+    target = load_library(instruction_set).target("quire_new_cache")
+    return jax.jit(jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, dtype), has_side_effect=True))
 
 
 def write_kv(

@@ -5,11 +5,18 @@ R rows, W queries per row, N query heads, K key/value heads, G = N / K, H head_d
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 # Added to the scores a query may not see. Finite, since on some devices transposes go through matrix products and 0 * inf is NaN.
 MASKED = -1.0e30
+
+
+def new_cache(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The reference of `contract.NewCache`: zeros."""
+    return jnp.zeros(shape, dtype)
 
 
 def write_kv(
