@@ -77,6 +77,36 @@ inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats ints_to_floats(Words x) { return _mm512_cvtepi32_ps(x); }
 inline Floats as_floats(Words x) { return _mm512_castsi512_ps(x); }
+inline Words as_words(Floats x) { return _mm512_castps_si512(x); }
+inline Words bit_and(Words a, Words b) { return _mm512_and_si512(a, b); }
+inline Words bit_xor(Words a, Words b) { return _mm512_xor_si512(a, b); }
+inline Words add_words(Words a, Words b) { return _mm512_add_epi32(a, b); }
+inline Words sub_words(Words a, Words b) { return _mm512_sub_epi32(a, b); }
+template <int kBits>
+inline Words shift_right(Words x) { return _mm512_srli_epi32(x, kBits); }
+template <int kBits>
+inline Words rotate_left(Words x) { return _mm512_rol_epi32(x, kBits); }
+// Which lanes hold: bit i is lane i.
+inline uint32_t lanes_above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline uint32_t lanes_at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline uint32_t lanes_equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline uint32_t lanes_nan(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
+// a where the lane's bit is set, b elsewhere.
+inline Floats select(uint32_t lanes, Floats a, Floats b) { return _mm512_mask_mov_ps(b, static_cast<__mmask16>(lanes), a); }
+// The lanes whose bit is set, one after the other from `to` on; what follows them, up to a whole vector, is overwritten with anything.
+inline void store_lanes(float* to, uint32_t lanes, Floats x) { _mm512_storeu_ps(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), x)); }
+inline void store_lanes(int32_t* to, uint32_t lanes, Words x) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(lanes), x));
+}
+// Eight sums in double precision. Lane i of a vector goes to sum i % 8, the lower half of a vector of 16 first: so their bits are the same
+// whatever the width of a vector.
+using Doubles = __m512d;
+inline Doubles no_doubles() { return _mm512_setzero_pd(); }
+inline Doubles accumulate(Doubles sums, Floats x) {
+  sums = _mm512_add_pd(sums, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+  return _mm512_add_pd(sums, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+}
+inline void store_doubles(double* to, Doubles sums) { _mm512_storeu_pd(to, sums); }
 inline Floats load_bf16(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
@@ -140,6 +170,37 @@ inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats ints_to_floats(Words x) { return _mm256_cvtepi32_ps(x); }
 inline Floats as_floats(Words x) { return _mm256_castsi256_ps(x); }
+inline Words as_words(Floats x) { return _mm256_castps_si256(x); }
+inline Words bit_and(Words a, Words b) { return _mm256_and_si256(a, b); }
+inline Words bit_xor(Words a, Words b) { return _mm256_xor_si256(a, b); }
+inline Words add_words(Words a, Words b) { return _mm256_add_epi32(a, b); }
+inline Words sub_words(Words a, Words b) { return _mm256_sub_epi32(a, b); }
+template <int kBits>
+inline Words shift_right(Words x) { return _mm256_srli_epi32(x, kBits); }
+template <int kBits>
+inline Words rotate_left(Words x) { return _mm256_or_si256(_mm256_slli_epi32(x, kBits), _mm256_srli_epi32(x, 32 - kBits)); }
+inline uint32_t lanes_above(Floats a, Floats b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ))); }
+inline uint32_t lanes_at_least(Floats a, Floats b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ))); }
+inline uint32_t lanes_equal(Floats a, Floats b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ))); }
+inline uint32_t lanes_nan(Floats a, Floats b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_UNORD_Q))); }
+inline Floats select(uint32_t lanes, Floats a, Floats b) {
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i taken = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bits), bits);
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(taken));
+}
+struct Doubles {
+  __m256d low, high;
+};
+inline Doubles no_doubles() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+inline Doubles accumulate(Doubles sums, Floats x) {
+  sums.low = _mm256_add_pd(sums.low, _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
+  sums.high = _mm256_add_pd(sums.high, _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+  return sums;
+}
+inline void store_doubles(double* to, Doubles sums) {
+  _mm256_storeu_pd(to, sums.low);
+  _mm256_storeu_pd(to + 4, sums.high);
+}
 inline Floats load_bf16(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
@@ -199,6 +260,30 @@ inline Floats max(Floats a, Floats b) { QUIRE_LANES a.lane[i] = a.lane[i] > b.la
 inline Floats fma(Floats a, Floats b, Floats c) { QUIRE_LANES c.lane[i] += a.lane[i] * b.lane[i]; return c; }
 inline Floats ints_to_floats(Words x) { Floats r; QUIRE_LANES r.lane[i] = static_cast<float>(static_cast<int32_t>(x.lane[i])); return r; }
 inline Floats as_floats(Words x) { Floats r; std::memcpy(&r, &x, sizeof r); return r; }
+inline Words as_words(Floats x) { Words r; std::memcpy(&r, &x, sizeof r); return r; }
+inline Words bit_and(Words a, Words b) { QUIRE_LANES a.lane[i] &= b.lane[i]; return a; }
+inline Words bit_xor(Words a, Words b) { QUIRE_LANES a.lane[i] ^= b.lane[i]; return a; }
+inline Words add_words(Words a, Words b) { QUIRE_LANES a.lane[i] += b.lane[i]; return a; }
+inline Words sub_words(Words a, Words b) { QUIRE_LANES a.lane[i] -= b.lane[i]; return a; }
+template <int kBits>
+inline Words shift_right(Words x) { QUIRE_LANES x.lane[i] >>= kBits; return x; }
+template <int kBits>
+inline Words rotate_left(Words x) { QUIRE_LANES x.lane[i] = x.lane[i] << kBits | x.lane[i] >> (32 - kBits); return x; }
+inline uint32_t lanes_above(Floats a, Floats b) { uint32_t r = 0; QUIRE_LANES r |= static_cast<uint32_t>(a.lane[i] > b.lane[i]) << i; return r; }
+inline uint32_t lanes_at_least(Floats a, Floats b) { uint32_t r = 0; QUIRE_LANES r |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i; return r; }
+inline uint32_t lanes_equal(Floats a, Floats b) { uint32_t r = 0; QUIRE_LANES r |= static_cast<uint32_t>(a.lane[i] == b.lane[i]) << i; return r; }
+inline uint32_t lanes_nan(Floats a, Floats b) {
+  uint32_t r = 0;
+  QUIRE_LANES r |= static_cast<uint32_t>(a.lane[i] != a.lane[i] || b.lane[i] != b.lane[i]) << i;
+  return r;
+}
+inline Floats select(uint32_t lanes, Floats a, Floats b) { QUIRE_LANES b.lane[i] = lanes >> i & 1u ? a.lane[i] : b.lane[i]; return b; }
+struct Doubles {
+  double lane[8];
+};
+inline Doubles no_doubles() { return Doubles{}; }
+inline Doubles accumulate(Doubles sums, Floats x) { QUIRE_LANES sums.lane[i] += static_cast<double>(x.lane[i]); return sums; }
+inline void store_doubles(double* to, Doubles sums) { std::memcpy(to, &sums, sizeof sums); }
 inline Floats load_bf16(const bf16* p) { Floats r; QUIRE_LANES r.lane[i] = to_float(p[i]); return r; }
 inline void store_bf16(bf16* p, Floats x) { QUIRE_LANES p[i] = to_bf16(x.lane[i]); }
 inline Floats dot_bf16(Floats sum, Words a, Words b) {
@@ -230,6 +315,20 @@ inline Floats power_of_two(Floats n) {
 
 #endif
 
+#if !defined(QUIRE_AVX512)
+inline void store_lanes(float* to, uint32_t lanes, Floats x) {
+  alignas(64) float lane[kLanes];
+  store(lane, x);
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = lane[__builtin_ctz(lanes)];
+}
+inline void store_lanes(int32_t* to, uint32_t lanes, Words x) {
+  alignas(64) int32_t lane[kLanes];
+  store_words(lane, x);
+  for (; lanes != 0; lanes &= lanes - 1) *to++ = lane[__builtin_ctz(lanes)];
+}
+#endif
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
 // exp(x), 0 below -87; relative error under 2e-7. Range reduction by ln 2 in two parts, then the Taylor polynomial of degree 7 on
 // [-ln2/2, ln2/2], whose remainder is below 1e-8 there.
 inline Floats exp(Floats x) {
@@ -249,6 +348,24 @@ inline Floats exp(Floats x) {
   p = fma(p, r, all(1.0f));
   p = fma(p, r, all(1.0f));
   return keep_if_above(x, lowest, mul(p, power_of_two(n)));
+}
+
+// log(x) of a positive normal x; within 1 ulp of the true one or so, near 1 too. x = 2^e m with m around 1, then the polynomial of Cephes' logf
+// in m - 1. No multiply-add in it is fused, so its bits are the same for every instruction set.
+inline Floats log(Floats x) {
+  const Words sqrt_half = all_words(0x3f3504f3u);  // the lowest m
+  const Words shifted = add_words(as_words(x), all_words(0x3f800000u - 0x3f3504f3u));
+  const Floats e = ints_to_floats(sub_words(shift_right<23>(shifted), all_words(127)));
+  const Floats r = sub(as_floats(add_words(bit_and(shifted, all_words(0x007fffffu)), sqrt_half)), all(1.0f));
+  constexpr float kTerms[] = {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                              -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  Floats p = all(7.0376836292e-2f);
+  for (const float term : kTerms) p = add(mul(p, r), all(term));
+  const Floats square = mul(r, r);
+  Floats low = mul(mul(p, r), square);
+  low = add(low, mul(e, all(-2.12194440e-4f)));
+  low = sub(low, mul(square, all(0.5f)));
+  return add(add(r, low), mul(e, all(0.693359375f)));
 }
 
 // tanh(x) = 1 - 2 / (exp(2x) + 1); absolute error under 2e-7.
