@@ -13,6 +13,8 @@ import quire.kernels.linear.cpu as linear_cpu
 import quire.kernels.linear.reference as linear_reference
 import quire.kernels.paged_attention.cpu as attention_cpu
 import quire.kernels.paged_attention.reference as attention_reference
+import quire.kernels.sampling.cpu as sampling_cpu
+import quire.kernels.sampling.reference as sampling_reference
 from quire.kernels.decoder_layer.contract import DecoderLayer
 from quire.kernels.errors import KernelUnavailableError
 from quire.kernels.linear.contract import PrepareWeight
@@ -20,16 +22,17 @@ from quire.kernels.native import library
 from quire.kernels.op import Choice, Implementation, Op, OpContext
 from quire.kernels.paged_attention.contract import NewCache, PagedAttention, WriteKV
 from quire.kernels.sampling.contract import Sample
-from quire.kernels.sampling.reference import sample
 
 REFERENCE = "reference"
 COMPOSED = "composed"
 
 
-def _native(function: Callable[..., Any]) -> tuple[Implementation[Any], ...]:
+def _native(
+    function: Callable[..., Any], refuses: Callable[[str, OpContext], str | None] = library.refuses
+) -> tuple[Implementation[Any], ...]:
     """The C++ implementation of an op, once for each instruction set."""
     return tuple(
-        Implementation(f"native_{name}", partial(function, name), partial(library.refuses, name))
+        Implementation(f"native_{name}", partial(function, name), partial(refuses, name))
         for name in library.INSTRUCTION_SETS
     )
 
@@ -55,7 +58,13 @@ DECODER_LAYER: Op[DecoderLayer] = Op(
     "decoder_layer",
     (*_native(decoder_layer_cpu.decoder_layer), Implementation(COMPOSED, _composed)),
 )
-SAMPLE: Op[Sample] = Op("sample", (Implementation(REFERENCE, sample),))
+SAMPLE: Op[Sample] = Op(
+    "sample",
+    (
+        *_native(sampling_cpu.sample, library.refuses_any_model),
+        Implementation(REFERENCE, sampling_reference.sample),
+    ),
+)
 OPS: tuple[Op[Any], ...] = (LINEAR, NEW_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
 
 

@@ -30,6 +30,9 @@ HANDLERS = (
     "quire_write_kv",
     "quire_paged_attention",
     "quire_decoder_layer",
+    "quire_argmax",
+    "quire_draw",
+    "quire_sample",
 )
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}  # `Format` in matrix.h
 DTYPES = ("float32", "bfloat16")  # of activations and cache
@@ -44,7 +47,24 @@ def library_path(instruction_set: str) -> Path:
 
 
 def refuses(instruction_set: str, context: OpContext) -> str | None:
-    """Why the kernels for an instruction set cannot serve a context, None when they can."""
+    """Why the kernels of a model's layers cannot serve a context, None when they can."""
+    if reason := _cannot_run(instruction_set, context):
+        return reason
+    if context.dtype not in DTYPES:
+        return f"{context.dtype} is not one of {', '.join(DTYPES)}"
+    if context.scan_layers:
+        return "layers are scanned, and a slice of stacked weights would be copied"
+    if context.head_dim % 2 or context.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {context.head_dim} is odd or above {MAX_HEAD_DIM}"
+    return _cannot_load(instruction_set)
+
+
+def refuses_any_model(instruction_set: str, context: OpContext) -> str | None:
+    """The same for kernels to which the model does not matter, such as the sampler: its logits are always float32."""
+    return _cannot_run(instruction_set, context) or _cannot_load(instruction_set)
+
+
+def _cannot_run(instruction_set: str, context: OpContext) -> str | None:
     if context.platform != "cpu":
         return "needs a CPU"
     missing = INSTRUCTION_SETS[instruction_set] - context.instruction_sets
@@ -52,12 +72,11 @@ def refuses(instruction_set: str, context: OpContext) -> str | None:
         return f"the processor lacks {', '.join(sorted(missing))}"
     if not library_path(instruction_set).exists():
         return "not built: install quire again where a C++17 compiler (g++, clang++) is found"
-    if context.dtype not in DTYPES:
-        return f"{context.dtype} is not one of {', '.join(DTYPES)}"
-    if context.scan_layers:
-        return "layers are scanned, and a slice of stacked weights would be copied"
-    if context.head_dim % 2 or context.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {context.head_dim} is odd or above {MAX_HEAD_DIM}"
+    return None
+
+
+def _cannot_load(instruction_set: str) -> str | None:
+    """Why a library that was built does not load; asked last, since it loads what can be loaded."""
     try:
         load_library(instruction_set)
     except KernelUnavailableError as error:

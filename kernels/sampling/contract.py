@@ -10,7 +10,8 @@ from quire.kernels.sampling.rows import SampleOutput, SamplingMode, SamplingRows
 
 
 class Sample(Protocol):
-    """Every implementation gives the same tokens for the same logits and rows; see `reference.sample`."""
+    """Every implementation gives the same tokens for the same logits and rows, see `reference.sample`; they may differ where
+    the rounding of a logarithm, an exponential or a sum decides, about once in a million draws."""
 
     def __call__(
         self, logits: jax.Array, rows: SamplingRows | None, *, mode: SamplingMode, num_logprobs: int
