@@ -6,7 +6,7 @@
 // The tokens are those of reference.py, except where rounding decides. Logarithms and exponentials differ from XLA's in the last bit, which matters
 // to two sums of logit and noise that lie as close as that, to a token within it of min_p's bound, and to the last token of a nucleus where the
 // sum of weights lies within rounding of top_p of all (it is taken in double precision here, in float32 there). Two logits of 0 and -0 are
-// equal here; XLA's top_k puts -0 behind. A random FULL row with an infinite logit draws the first such token, whatever cuts it short.
+// equal here; XLA's top_k puts -0 behind. Of broken logits: a NaN gives the last token in every mode, and an infinite one is drawn, the first of them.
 #include <cmath>
 
 #include "handler.h"
@@ -26,10 +26,12 @@ size_t num_pieces(size_t vocab_size) { return (vocab_size + kPiece - 1) / kPiece
 float divisor(float temperature) { return temperature > 0 ? std::max(temperature, kMinTemperature) : 1.0f; }
 
 // The first of the largest; a row with a NaN, which equals nothing, gives the last token.
-int32_t token_of(const Best* parts, size_t count, size_t vocab_size) {
+int32_t token_of(const Best& best, size_t vocab_size) { return best.has_nan ? static_cast<int32_t>(vocab_size) - 1 : best.id; }
+
+Best joined(const Best* parts, size_t count) {
   Best best;
   for (size_t i = 0; i < count; ++i) best.join(parts[i]);
-  return best.has_nan ? static_cast<int32_t>(vocab_size) - 1 : best.id;
+  return best;
 }
 
 // tokens[r] is the best of find(row, first, count) over the pieces of row r.
@@ -41,7 +43,7 @@ void best_of_rows(Team& team, size_t num_rows, size_t vocab_size, int32_t* token
     const size_t row = static_cast<size_t>(chunk) / pieces, first = static_cast<size_t>(chunk) % pieces * kPiece;
     parts[chunk] = find(row, first, std::min(kPiece, vocab_size - first));
   });
-  for (size_t row = 0; row < num_rows; ++row) tokens[row] = token_of(parts + row * pieces, pieces, vocab_size);
+  for (size_t row = 0; row < num_rows; ++row) tokens[row] = token_of(joined(parts + row * pieces, pieces), vocab_size);
 }
 
 ffi::Error argmax(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Result<ffi::Buffer<ffi::S32>> tokens) {
@@ -171,15 +173,14 @@ class FullRow {
       const size_t first = static_cast<size_t>(piece) * kPiece;
       parts_[piece] = body(first, std::min(kPiece, vocab_size_ - first));
     });
-    Best best;
-    for (size_t i = 0; i < pieces; ++i) best.join(parts_[i]);
-    return best;
+    return joined(parts_, pieces);
   }
   Best largest_in(const float* x) {
     return best_of([&](size_t first, size_t count) { return largest_of(x + first, count, static_cast<int32_t>(first)); });
   }
+  // Of logits as they came in none counts as less than kMasked; the scaled ones have been raised to it already.
   Best draw_from(const float* x, float temperature) {
-    const Draw draw(noise_key(), temperature, kMasked);
+    const Draw draw(noise_key(), temperature, x == logits_ ? kMasked : -std::numeric_limits<float>::infinity());
     return best_of([&](size_t first, size_t count) { return draw.among(x + first, count, static_cast<int32_t>(first)); });
   }
   NoiseKey noise_key() const { return position_key(p_.key + 2 * row_, p_.position[row_]); }
@@ -187,22 +188,18 @@ class FullRow {
   int32_t draw_token() {
     const bool is_truncated = is_random() && (has_top_k() || has_top_p() || has_min_p()), allows_all = every_bit_is_set();
     if (allows_all && !is_truncated && !changes_any()) {
-      if (is_random()) return drawn(draw_from(logits_, divisor_));
+      if (is_random()) return token_of(draw_from(logits_, divisor_), vocab_size_);
       const Best best = largest_in(logits_);
-      return best.has_nan || best.value >= kMasked ? greedy(best) : 0;
+      return best.has_nan || best.value >= kMasked ? token_of(best, vocab_size_) : 0;  // what lies below kMasked counts as much
     }
     scale(allows_all);
     change();
-    if (is_random() && !is_truncated) return drawn(draw_from(scaled_, 1.0f));
+    if (is_random() && !is_truncated) return token_of(draw_from(scaled_, 1.0f), vocab_size_);
     const Best best = largest_in(scaled_);
-    if (!is_random()) return greedy(best);
-    if (best.has_nan || best.value > std::numeric_limits<float>::max()) return drawn(best);
+    if (!is_random() || best.has_nan || best.value > std::numeric_limits<float>::max()) return token_of(best, vocab_size_);
     truncate(best.value);
     return Draw(noise_key(), 1.0f, -std::numeric_limits<float>::infinity()).among(kept_.values, kept_.count, kept_.ids).id;
   }
-  int32_t greedy(const Best& best) const { return best.has_nan ? static_cast<int32_t>(vocab_size_) - 1 : best.id; }
-  // Where a logit is a NaN the reference keeps no token of a random row, and the first of none is 0.
-  static int32_t drawn(const Best& best) { return best.has_nan ? 0 : best.id; }
 
   bool every_bit_is_set() const {
     const size_t whole = vocab_size_ / 32, rest = vocab_size_ % 32;

@@ -31,7 +31,7 @@ TINY_CONFIG = {
 }
 
 
-XLA_KERNELS = "linear=reference,write_kv=reference,paged_attention=reference"
+XLA_KERNELS = "linear=reference,write_kv=reference,paged_attention=reference,sample=reference"
 """The kernels of a CPU without the C++ library, and of every device without kernels of its own."""
 
 

@@ -1,4 +1,7 @@
-"""The sampling op against a numpy oracle: what each parameter keeps, how often each token comes, and the laws."""
+"""The sampling op against a numpy oracle: what each parameter keeps, how often each token comes, and the laws.
+
+What draws tokens is run for every implementation that the machine can run; what looks into the reference, for it alone.
+"""
 
 import dataclasses
 from functools import partial
@@ -12,9 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from quire.kernels.sampling import SamplingMode, SamplingRows, compute_logprobs, first_argmax, sample
+from quire.kernels.sampling import Logprobs, SamplingMode, SamplingRows, compute_logprobs
 from quire.kernels.sampling.logits import MASKED
 from quire.kernels.sampling.reference import filter_logits
+from tests.kernels.sampling_implementations import NAMES, compiled
 from tests.kernels.sampling_oracle import Params, kept, pack, probabilities, processed_logits
 
 # One chance in ten thousand per check; the draws are fixed, so a check that passes once always passes.
@@ -22,14 +26,23 @@ MIN_P_VALUE = 1e-4
 VOCAB_SIZE = 37
 FULL, RANDOM, GREEDY = SamplingMode.FULL, SamplingMode.RANDOM, SamplingMode.GREEDY
 
-run = jax.jit(sample, static_argnames=("mode", "num_logprobs"))
 run_filter = jax.jit(filter_logits)
-run_argmax = jax.jit(first_argmax)
 run_logprobs = jax.jit(compute_logprobs, static_argnames="k")
+every_implementation = pytest.mark.parametrize("op", NAMES)
 
 
-def draw(logits: np.ndarray, rows: SamplingRows, mode: SamplingMode = FULL) -> np.ndarray:
-    return np.asarray(run(jnp.asarray(logits, jnp.float32), rows, mode=mode, num_logprobs=0).token_ids)
+def draw(op: str, logits: np.ndarray, rows: SamplingRows | None, mode: SamplingMode = FULL) -> np.ndarray:
+    return np.asarray(compiled(op)(jnp.asarray(logits, jnp.float32), rows, mode=mode, num_logprobs=0).token_ids)
+
+
+def logprobs_of(op: str, logits: np.ndarray, token_ids: np.ndarray, k: int) -> Logprobs:
+    """The logprobs of given tokens: `compute_logprobs`, or a greedy row that is allowed nothing else."""
+    if op == "reference":
+        return run_logprobs(logits, token_ids, k=k)
+    params = [Params(temperature=0.0, allowed=(int(token_id),)) for token_id in token_ids]
+    found = compiled(op)(logits, pack(params, logits.shape[1]), mode=FULL, num_logprobs=k)
+    assert np.array_equal(found.token_ids, token_ids)
+    return found.logprobs
 
 
 def random_only(rows: SamplingRows) -> SamplingRows:
@@ -101,15 +114,16 @@ def test_each_parameter_keeps_what_the_oracle_keeps(name: str) -> None:
     assert np.array_equal(kept_by_op(logits, [CASES[name]] * 8), expected)
 
 
+@every_implementation
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_come_as_often_as_the_oracle_says(name: str) -> None:
+def test_tokens_come_as_often_as_the_oracle_says(name: str, op: str) -> None:
     num_draws = 4096
     logits = some_logits(3)
     # Half of the draws differ in seed and half in position.
     half = num_draws // 2
     params = [dataclasses.replace(CASES[name], seed=i if i < half else -1) for i in range(num_draws)]
     positions = [9] * half + list(range(half))
-    tokens = draw(np.tile(logits, (num_draws, 1)), pack(params, VOCAB_SIZE, positions=positions))
+    tokens = draw(op, np.tile(logits, (num_draws, 1)), pack(params, VOCAB_SIZE, positions=positions))
     counts = np.bincount(tokens, minlength=VOCAB_SIZE)
     expected = probabilities(logits, CASES[name]) * num_draws
     assert not counts[expected == 0].any()
@@ -168,12 +182,13 @@ def test_any_mixture_of_parameters_gives_the_logits_of_the_oracle(params: list[P
         np.testing.assert_allclose(found[row][stays], expected[stays], rtol=1e-5, atol=1e-5)
 
 
+@every_implementation
 @hypothesis_settings(max_examples=20)
 @given(st.lists(any_params, min_size=8, max_size=8), st.integers(0, 1000))
-def test_a_greedy_row_takes_the_largest_processed_logit(params: list[Params], seed: int) -> None:
+def test_a_greedy_row_takes_the_largest_processed_logit(op: str, params: list[Params], seed: int) -> None:
     logits = some_logits(seed, num_rows=8)
     greedy = [dataclasses.replace(p, temperature=0.0) for p in params]
-    tokens = draw(logits, pack(greedy, VOCAB_SIZE))
+    tokens = draw(op, logits, pack(greedy, VOCAB_SIZE))
     for row, p in enumerate(greedy):
         expected = processed_logits(logits[row], p)
         assume(np.isfinite(expected).any())
@@ -190,46 +205,51 @@ MIXED = [
 ]
 
 
+@every_implementation
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 256])
-def test_a_row_gives_the_same_token_in_any_batch(vocab_size: int) -> None:
+def test_a_row_gives_the_same_token_in_any_batch(vocab_size: int, op: str) -> None:
     many = [dataclasses.replace(MIXED[i % 6], seed=i // 6) for i in range(64)]
     positions = [i % 7 for i in range(64)]
     logits = some_logits(5, num_rows=64, vocab_size=vocab_size)
     rows = pack(many, vocab_size, positions=positions)
-    together = draw(logits, rows)
+    together = draw(op, logits, rows)
     order = list(np.random.default_rng(0).permutation(64))
-    assert np.array_equal(draw(logits[order], take_rows(rows, order)), together[order])
+    assert np.array_equal(draw(op, logits[order], take_rows(rows, order)), together[order])
     for i in range(12):
-        assert draw(logits[i : i + 1], take_rows(rows, [i]))[0] == together[i]
+        assert draw(op, logits[i : i + 1], take_rows(rows, [i]))[0] == together[i]
     padded = [*range(5), *[0] * 8]
-    assert np.array_equal(draw(logits[padded], take_rows(rows, padded))[:5], together[:5])
+    assert np.array_equal(draw(op, logits[padded], take_rows(rows, padded))[:5], together[:5])
 
 
-def test_random_and_full_with_everything_off_give_the_same_tokens() -> None:
+@every_implementation
+def test_random_and_full_with_everything_off_give_the_same_tokens(op: str) -> None:
     params = [Params(temperature=(0.0, 0.7, 1.0, 3.0)[i % 4], seed=i) for i in range(64)]
     rows = pack(params, 256)
     for seed in range(8):
         logits = some_logits(seed, num_rows=64, vocab_size=256)
-        assert np.array_equal(draw(logits, rows, FULL), draw(logits, random_only(rows), RANDOM))
+        assert np.array_equal(draw(op, logits, rows, FULL), draw(op, logits, random_only(rows), RANDOM))
 
 
-def test_greedy_rows_give_the_same_tokens_in_every_mode() -> None:
+@every_implementation
+def test_greedy_rows_give_the_same_tokens_in_every_mode(op: str) -> None:
     params = [Params(temperature=0.0, seed=i) for i in range(64)]
     logits = some_logits(7, num_rows=64, vocab_size=256)
     rows = pack(params, 256)
     for mode, given_rows in ((FULL, rows), (RANDOM, random_only(rows)), (GREEDY, None)):
-        assert np.array_equal(draw(logits, given_rows, mode), logits.argmax(axis=1))
+        assert np.array_equal(draw(op, logits, given_rows, mode), logits.argmax(axis=1))
 
 
-def test_tokens_with_the_same_seed_differ_between_positions_and_repeat_at_the_same_one() -> None:
+@every_implementation
+def test_tokens_with_the_same_seed_differ_between_positions_and_repeat_at_the_same_one(op: str) -> None:
     rows = pack([Params(seed=3)] * 64, 256, positions=[i // 2 for i in range(64)])
-    tokens = draw(np.zeros((64, 256), np.float32), random_only(rows), RANDOM)
+    tokens = draw(op, np.zeros((64, 256), np.float32), random_only(rows), RANDOM)
     assert np.array_equal(tokens[::2], tokens[1::2])
     assert len(set(tokens[::2].tolist())) > 24
 
 
+@every_implementation
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 1.0, 1000.0])
-def test_a_banned_token_is_never_sampled(temperature: float) -> None:
+def test_a_banned_token_is_never_sampled(temperature: float, op: str) -> None:
     banned = Params(
         temperature=temperature,
         allowed=tuple(range(5, VOCAB_SIZE)),
@@ -242,7 +262,7 @@ def test_a_banned_token_is_never_sampled(temperature: float) -> None:
     )
     logits = some_logits(8, num_rows=64)
     logits[:, :6] += 1000
-    tokens = draw(logits, pack([dataclasses.replace(banned, seed=i) for i in range(64)], VOCAB_SIZE))
+    tokens = draw(op, logits, pack([dataclasses.replace(banned, seed=i) for i in range(64)], VOCAB_SIZE))
     assert not set(tokens.tolist()) & {*range(7), 20, 21}
 
 
@@ -310,25 +330,28 @@ def test_lists_of_length_zero_change_nothing() -> None:
     assert np.array_equal(run_filter(logits, short), run_filter(logits, pack(params, VOCAB_SIZE)))
 
 
+@every_implementation
 @pytest.mark.parametrize("num_values", [1, 2, 127, 128, 129, 384])
-def test_the_first_of_equal_values_is_the_argmax(num_values: int) -> None:
+def test_the_first_of_equal_values_is_the_argmax(num_values: int, op: str) -> None:
     x = np.random.default_rng(0).integers(0, 4, (64, num_values)).astype(np.float32)
-    found = np.asarray(run_argmax(x))
+    found = draw(op, x, None, GREEDY)
     assert np.array_equal(found, x.argmax(axis=1))
     assert found.dtype == np.int32
 
 
+@every_implementation
 @pytest.mark.parametrize("num_values", [100, 256])
-def test_the_argmax_of_broken_logits_is_still_an_index(num_values: int) -> None:
+def test_the_argmax_of_broken_logits_is_still_an_index(num_values: int, op: str) -> None:
     x = np.zeros((4, num_values), np.float32)
     x[0, 3], x[1], x[2], x[3, :-2] = np.nan, np.nan, -np.inf, -np.inf
-    assert np.asarray(run_argmax(x)).tolist() == [num_values - 1, num_values - 1, 0, num_values - 2]
+    assert draw(op, x, None, GREEDY).tolist() == [num_values - 1, num_values - 1, 0, num_values - 2]
 
 
-def test_logprobs_are_those_of_the_raw_logits() -> None:
+@every_implementation
+def test_logprobs_are_those_of_the_raw_logits(op: str) -> None:
     logits = some_logits(13, num_rows=6) * 5
-    found = run(logits, pack(MIXED, VOCAB_SIZE), mode=FULL, num_logprobs=4)
-    assert np.array_equal(found.token_ids, draw(logits, pack(MIXED, VOCAB_SIZE)))
+    found = compiled(op)(logits, pack(MIXED, VOCAB_SIZE), mode=FULL, num_logprobs=4)
+    assert np.array_equal(found.token_ids, draw(op, logits, pack(MIXED, VOCAB_SIZE)))
     expected = special.log_softmax(logits.astype(np.float64), axis=1)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :4]
     rows = np.arange(6)
@@ -337,18 +360,20 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     np.testing.assert_allclose(found.logprobs.token_logprobs, expected[rows, found.token_ids], atol=2e-5)
 
 
-def test_a_chosen_token_has_the_very_logprob_of_its_top_entry() -> None:
+@every_implementation
+def test_a_chosen_token_has_the_very_logprob_of_its_top_entry(op: str) -> None:
     logits = some_logits(14, num_rows=64, vocab_size=1000) * 4
     top = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     for place in range(5):
-        found = run_logprobs(logits, top[:, place].astype(np.int32), k=5)
+        found = logprobs_of(op, logits, top[:, place].astype(np.int32), k=5)
         assert np.array_equal(found.token_logprobs, np.asarray(found.top_logprobs)[:, place])
         assert np.array_equal(found.token_ranks, np.full(64, place + 1))
 
 
-def test_a_rank_counts_the_larger_logits() -> None:
-    logits = jnp.asarray([[1.0, 5.0, 5.0, 0.0]] * 4, jnp.float32)
-    found = run_logprobs(logits, jnp.arange(4, dtype=jnp.int32), k=2)
+@every_implementation
+def test_a_rank_counts_the_larger_logits(op: str) -> None:
+    logits = np.asarray([[1.0, 5.0, 5.0, 0.0]] * 4, np.float32)
+    found = logprobs_of(op, logits, np.arange(4, dtype=np.int32), k=2)
     assert found.token_ranks.tolist() == [3, 1, 1, 4]
     assert found.top_ids.tolist() == [[1, 2]] * 4
 
@@ -361,8 +386,9 @@ def test_logprobs_of_the_chosen_token_alone_need_no_top() -> None:
     assert np.array_equal(alone.token_ranks, with_top.token_ranks)
 
 
-def test_logprobs_of_far_apart_logits_stay_finite() -> None:
-    logits = jnp.asarray([[1e30, 0.0, -1e30]], jnp.float32)
-    found = run_logprobs(logits, jnp.asarray([2], jnp.int32), k=3)
-    assert np.isfinite(found.top_logprobs).all()
+@every_implementation
+def test_logprobs_of_far_apart_logits_stay_finite(op: str) -> None:
+    logits = np.asarray([[1e30, 0.0, -9e29]], np.float32)
+    found = logprobs_of(op, logits, np.asarray([2], np.int32), k=3)
+    assert np.isfinite(np.asarray(found.top_logprobs)).all()
     assert float(found.top_logprobs[0, 0]) == 0.0
