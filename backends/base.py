@@ -106,6 +106,10 @@ class ShapeLimits:
     decode_steps_per_dispatch: int
     is_padding_free: bool = False
     """Whether a step costs what is in it and not what its shape could hold, so that fewer shapes do."""
+    is_random_free: bool = False
+    """Whether sampling a greedy row costs no more where random ones may stand beside it, so that greedy needs no program of its own."""
+    most_sampling: SamplingMode = SamplingMode.FULL
+    """The most that requests may ask of the sampler."""
 
 
 Program = Callable[..., Any]

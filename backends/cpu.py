@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
-from quire.backends.environment import available_memory, cpu_flags
+from quire.backends.environment import available_memory, available_processors, cpu_flags
 from quire.kernels.errors import BackendError
+from quire.kernels.native.library import limit_threads
 from quire.kernels.op import OpContext
 from quire.kernels.ops import Ops, choose_ops
 from quire.kernels.sampling.rows import SamplingMode
@@ -74,7 +75,9 @@ class CpuBackend:
             has_experts=config.moe is not None,
             instruction_sets=cpu_flags(),
         )
-        return choose_ops(context, wanted)
+        ops = choose_ops(context, wanted)
+        limit_threads(available_processors())
+        return ops
 
     def kv_cache_bytes(self, memory_utilization: float) -> int:
         return int(available_memory() * memory_utilization)
@@ -92,7 +95,7 @@ class CpuBackend:
         # Rows that nobody holds cost no more than their logits where padding is left out.
         mixed_rows = [rows[-1]] if limits.is_padding_free else sorted({rows[min(1, len(rows) - 1)], rows[-1]})
         mixed = [StepShape(r, p, self.capabilities.tile_size, full) for r in mixed_rows for p in tiles]
-        return with_sampling(decode, mixed)
+        return with_sampling(decode, mixed, limits)
 
     def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
         return jax.jit(program, donate_argnums=tuple(donate)).lower(*arguments)
@@ -115,10 +118,14 @@ def decode_row_sizes(max_num_seqs: int) -> list[int]:
     return sizes if max_num_seqs == 1 else [*sizes, max_num_seqs]
 
 
-def with_sampling(decode: Sequence[StepShape], mixed: Sequence[StepShape]) -> list[StepShape]:
+def with_sampling(decode: Sequence[StepShape], mixed: Sequence[StepShape], limits: ShapeLimits) -> list[StepShape]:
     """Each shape for greedy and for plain random sampling; the full sampler, which few requests need, for the fewest that cover all."""
-    shapes = [*decode, *mixed]
-    common = [_with(shape, mode) for shape in shapes for mode in (SamplingMode.GREEDY, SamplingMode.RANDOM)]
+    plain = [SamplingMode.GREEDY, SamplingMode.RANDOM]
+    if limits.is_random_free:
+        plain = [min(SamplingMode.RANDOM, limits.most_sampling)]
+    common = [_with(shape, mode) for shape in (*decode, *mixed) for mode in plain if mode <= limits.most_sampling]
+    if limits.most_sampling < SamplingMode.FULL:
+        return common
     largest = max(mixed, key=lambda shape: shape.num_tokens)
     widest = max(shape.context_blocks for shape in decode)
     rows = {min(shape.decode_rows for shape in decode), max(shape.decode_rows for shape in decode)}

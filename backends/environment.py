@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -49,6 +50,27 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     left = cgroup_memory_left()
     return free if left is None else min(free, left)
+
+
+def available_processors(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processors that this process may keep busy: those it may run on, capped by its control group's quota, rounded up.
+
+    The host's count is no measure in a container: more threads than the quota has room for are stopped in the middle of their work.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(root)
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """Processors' worth of time that the control group grants, None without a limit (v2, then v1)."""
+    if (root / "cpu.max").is_file():
+        limit, period = (root / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    old = root / "cpu" / "cpu.cfs_quota_us"
+    if old.is_file() and int(old.read_text()) > 0:
+        return int(old.read_text()) / int((root / "cpu" / "cpu.cfs_period_us").read_text())
+    return None
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

@@ -276,7 +276,6 @@ def _make_scheduler(config: EngineConfig, resolved: ResolvedConfig) -> Scheduler
 def _make_runner(
     config: EngineConfig, resolved: ResolvedConfig, model: ModelConfig, backend: Backend, ops: Ops, params: object
 ) -> ModelRunner:
-    most = SamplingMode[config.device.sampling.upper()]
     shapes = backend.step_shapes(
         ShapeLimits(
             max_num_seqs=resolved.max_num_seqs,
@@ -285,6 +284,8 @@ def _make_runner(
             block_size=resolved.block_size,
             decode_steps_per_dispatch=config.scheduler.decode_steps_per_dispatch,
             is_padding_free=ops.is_padding_free,
+            is_random_free=ops.is_random_free,
+            most_sampling=SamplingMode[config.device.sampling.upper()],
         )
     )
     return ModelRunner(
@@ -302,7 +303,7 @@ def _make_runner(
             dtype=resolved.dtype,
         ),
         resolved.limits,
-        [shape for shape in shapes if shape.sampling <= most],
+        shapes,
     )
 
 

@@ -89,6 +89,11 @@ class Ops:
         """Whether a step costs what is in it: fused layers compute real tokens only, and attend to real keys only."""
         return self.fused_layer is not None
 
+    @property
+    def is_random_free(self) -> bool:
+        """Whether a greedy row costs the same where others are sampled: a native sampler looks at each row by itself."""
+        return self.sample.name != REFERENCE
+
     def describe(self) -> str:
         """One line per op: what runs, and why not something else."""
         return "\n".join(getattr(self, field.name).describe() for field in dataclasses.fields(self))

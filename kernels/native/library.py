@@ -135,4 +135,15 @@ class Library:
 @functools.cache
 def load_library(instruction_set: str) -> Library:
     """The library for an instruction set, loaded once. Raises KernelUnavailableError with the loader's words."""
-    return Library(instruction_set)
+    library = Library(instruction_set)
+    _loaded.append(library)
+    return library
+
+
+_loaded: list[Library] = []
+
+
+def limit_threads(count: int) -> None:
+    """Lets the ops of every library that is loaded use at most so many threads."""
+    for library in _loaded:
+        library.set_max_threads(count)

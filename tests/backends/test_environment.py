@@ -1,10 +1,17 @@
 """What the machine says of itself is read right, also in a container and on other systems."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from quire.backends.environment import available_memory, cache_folder, cgroup_memory_left, cpu_flags
+from quire.backends.environment import (
+    available_memory,
+    available_processors,
+    cache_folder,
+    cgroup_memory_left,
+    cpu_flags,
+)
 
 MEMINFO = "MemTotal:       24683120 kB\nMemFree:         1000 kB\nMemAvailable:   8388608 kB\n"
 
@@ -46,6 +53,24 @@ def test_processor_flags_are_read_on_x86_and_arm(tmp_path: Path) -> None:
     cpuinfo.write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert "asimd" in cpu_flags(cpuinfo)
     assert cpu_flags(tmp_path / "none") == frozenset()
+
+
+def test_processors_are_those_that_the_control_group_grants(tmp_path: Path) -> None:
+    usable = available_processors(tmp_path)
+    assert usable == len(os.sched_getaffinity(0))
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert available_processors(tmp_path) == usable
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert available_processors(tmp_path) == 1
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert available_processors(tmp_path) == min(2, usable)
+    old = tmp_path / "v1" / "cpu"
+    old.mkdir(parents=True)
+    (old / "cpu.cfs_quota_us").write_text("-1\n")
+    assert available_processors(old.parent) == usable
+    (old / "cpu.cfs_quota_us").write_text("100000\n")
+    (old / "cpu.cfs_period_us").write_text("100000\n")
+    assert available_processors(old.parent) == 1
 
 
 def test_the_cache_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
