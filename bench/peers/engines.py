@@ -44,6 +44,7 @@ class Peer:
 
 
 COMMON_VARIABLES = ("OMP_NUM_THREADS={threads}", "HF_HUB_OFFLINE=1", "TOKENIZERS_PARALLELISM=false")
+# In the order of the table.
 PEERS = {
     "vllm": Peer(
         "vllm_engine.py",
@@ -136,8 +137,10 @@ def converted(conversion: Conversion, model: Path, folder: Path, log: Path) -> P
     try:
         with log.open("wb") as output:
             subprocess.run(command, check=True, stdout=output, stderr=output, timeout=PREPARE_SECONDS)
-    except subprocess.SubprocessError as error:
-        raise UnavailableError(f"{conversion.script}: {error}: {log_tail(log)}") from error
+    except subprocess.CalledProcessError as error:
+        raise UnavailableError(f"{conversion.script} failed: {log_tail(log)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise UnavailableError(f"{conversion.script} took more than {PREPARE_SECONDS} s") from error
     mark.write_text(made_from)
     return result
 

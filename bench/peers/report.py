@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.bench.peers.engines import QUIRE
+from quire.bench.peers.engines import ENGINES, QUIRE
 from quire.bench.peers.workload import DEFAULT_CASES, Case
 
 Record = dict[str, Any]
@@ -79,12 +79,13 @@ def summarize(records: Sequence[Record]) -> Summary:
         if "value" in record:
             values.setdefault((record["engine"], record["case"]), []).append(record["value"])
     names = dict.fromkeys(record["case"] for record in records if record["case"] is not None)
+    engines = dict.fromkeys(record["engine"] for record in records)
     about = {r["engine"]: f"{r['version']}; {r['runs']}" for r in records if "version" in r}
     return Summary(
         shape=records[0]["shape"],
         threads=records[0]["threads"],
         cases=tuple(sorted(map(Case.parse, names), key=_place)),
-        engines=tuple(dict.fromkeys(record["engine"] for record in records)),
+        engines=tuple(sorted(engines, key=lambda name: ENGINES.index(name.split()[0]))),
         figures={key: Figure.of(found) for key, found in values.items()},
         about=about,
         failures=tuple(
@@ -154,7 +155,8 @@ def _title(summary: Summary) -> str:
 
 
 def _notes(summary: Summary) -> list[str]:
-    lines = [f"* {engine}: {about}" for engine, about in summary.about.items()]
+    lines = ["* ready: from the start of the process to the answer to a first request of 4 tokens"]
+    lines += [f"* {engine}: {about}" for engine, about in summary.about.items()]
     if summary.agreement:
         shares = ", ".join(f"{engine} {100 * share:.0f} %" for engine, share in summary.agreement.items())
         lines.append(f"* first tokens that are those of the majority: {shares}")

@@ -17,6 +17,8 @@ from quire.bench.peers.shapes import Shape
 from quire.bench.peers.workload import Case, Requests, check_lengths, max_model_len, max_num_seqs, num_kv_tokens
 
 Record = dict[str, Any]
+# An engine is ready when it has answered this: what each of them does at its first request counts too.
+SHORT_REQUEST = Requests(((5, 6, 7, 8),), (4,))
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,7 @@ class Run:
 
     def _prime(self, contender: Contender, _: int) -> None:
         say(f"{contender.name}: first start, unmeasured")
-        with self._start(contender, self._cache(contender, "warm")) as (session, _seconds):
-            tiny = {"op": "generate", "prompts": [[5, 6, 7, 8]], "output_lens": [4]}
-            check_lengths(Requests(((5, 6, 7, 8),), (4,)), session.ask(tiny, self._plan.time_limit)["token_ids"])
+        self._start(contender, self._cache(contender, "warm"))[0].close()
 
     def _round(self, contender: Contender, round_number: int) -> None:
         cases = [case for case in self._plan.cases if (contender.name, case.name) not in self._failed]
@@ -110,10 +110,10 @@ class Run:
     def _measure_start(self, contender: Contender, case: Case | None, round_number: int, cache: Path) -> Session:
         quiet = self._wait(contender, case) if case is not None else None
         before = self._meter.read()
-        started = self._start(contender, cache)
+        session, seconds = self._start(contender, cache)
         if case is not None and quiet is not None:
-            self._record(contender, case, round_number, started.seconds, quiet, before)
-        return started.session
+            self._record(contender, case, round_number, seconds, quiet, before)
+        return session
 
     def _one_session(self, contender: Contender, cases: list[Case], round_number: int) -> list[Case]:
         """Runs cases in one process; those that are left when it had to be killed."""
@@ -146,18 +146,22 @@ class Run:
         seconds = max(times[-1] for times in reply["token_times"])
         self._record(contender, case, round_number, figure, quiet, before, {"seconds": seconds, "first_tokens": first})
 
-    def _start(self, contender: Contender, cache: Path) -> _Started:
+    def _start(self, contender: Contender, cache: Path) -> tuple[Session, float]:
+        """A process that has answered a first request, and the seconds from its start to then."""
         cache.mkdir(parents=True, exist_ok=True)
         log = self._plan.folder / "logs" / f"{_file_name(contender.name)}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         session = Session(contender.command(self._plan.threads, cache), log)
         try:
             about = session.ask(self._plan.settings(contender), self._plan.time_limit)
+            answer = session.ask(_generate(SHORT_REQUEST), self._plan.time_limit)
+            seconds = time.perf_counter() - session.start_time
+            check_lengths(SHORT_REQUEST, answer["token_ids"])
         except BaseException:
             session.kill()
             raise
         self._about[contender.name] = about
-        return _Started(session, time.perf_counter() - session.start_time)
+        return session, seconds
 
     def _cache(self, contender: Contender, kind: str) -> Path:
         return self._plan.folder / "caches" / f"{_file_name(contender.name)}-{kind}"
@@ -202,20 +206,6 @@ class Run:
             "round": round_number,
             "case": case.name if case is not None else None,
         }
-
-
-@dataclass(frozen=True)
-class _Started:
-    """A session that is ready, and how long that took; as a context it ends the session."""
-
-    session: Session
-    seconds: float
-
-    def __enter__(self) -> tuple[Session, float]:
-        return self.session, self.seconds
-
-    def __exit__(self, *error: Any) -> None:
-        self.session.__exit__(*error)
 
 
 def _generate(requests: Requests) -> Record:

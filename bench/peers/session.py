@@ -37,7 +37,7 @@ class Session:
         self._log = log
         self.start_time = time.perf_counter()
         try:
-            with log.open("wb") as errors:
+            with log.open("ab") as errors:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
                 )

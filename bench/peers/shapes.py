@@ -56,7 +56,7 @@ class Shape:
 SHAPES = {
     "llama-135m": Shape("LlamaForCausalLM", 576, 30, 9, 3, 64, 1536, 49_152, 100_000.0),
     "qwen3-0.6b": Shape("Qwen3ForCausalLM", 1024, 28, 16, 8, 128, 3072, 151_936, 1_000_000.0),
-    "tiny": Shape("LlamaForCausalLM", 64, 2, 4, 2, 16, 128, 512, 10_000.0, shortened=8),
+    "tiny": Shape("LlamaForCausalLM", 64, 2, 4, 2, 32, 128, 512, 10_000.0, shortened=8),
 }
 
 
