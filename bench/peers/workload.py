@@ -25,6 +25,7 @@ MIXED_INPUT_LEN, MIXED_OUTPUT_LEN = (16, 512), (16, 256)
 FIRST_TOKEN_ID = 3  # those before it are the special ones
 WARM_UP_OUTPUT_LEN = 8
 MAX_WARM_UP_REQUESTS = 32
+MAX_BLOCK_SIZE = 128  # of any engine's cache, in tokens
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,11 @@ def max_num_seqs(cases: Sequence[Case]) -> int:
 
 
 def num_kv_tokens(cases: Sequence[Case], shortened: int = 1) -> int:
-    """Room in the KV cache, in tokens: for as many of the longest mixed requests as run at once, or for the longest prompt."""
-    mixed = max_num_seqs(cases) * sum(MIXED_INPUT_LEN[1:] + MIXED_OUTPUT_LEN[1:]) // shortened
-    return -(-max(mixed, 2 * max_model_len(cases, shortened)) // 256) * 256
+    """Room in the KV cache, in tokens: for as many of the longest mixed requests as run at once, or for the longest prompt.
+
+    Each may leave most of a block unused, and one block may not be usable at all.
+    """
+    mixed = sum(MIXED_INPUT_LEN[1:] + MIXED_OUTPUT_LEN[1:]) // shortened
+    return (
+        -(-max((max_num_seqs(cases) + 1) * (mixed + MAX_BLOCK_SIZE), 2 * max_model_len(cases, shortened)) // 256) * 256
+    )

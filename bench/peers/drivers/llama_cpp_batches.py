@@ -27,6 +27,8 @@ class Engine:
             raise RuntimeError(f"llama.cpp cannot load {settings['model']}")
         self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
         self._batch = api.llama_batch_init(BATCH_TOKENS, 0, 1)
+        # Its server makes a context and warms it up before it says that it is ready.
+        api.llama_free(self._make_context(self._max_num_seqs, settings["num_kv_tokens"] // self._max_num_seqs))
         self.about = {
             "version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",
             "runs": f"llama_decode on batches of up to {self._max_num_seqs} sequences, BF16 GGUF, cache float16",
