@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +107,26 @@ def run(namespace: argparse.Namespace) -> int:
                 output.write(line + "\n")
 
     try:
-        contenders = _contenders(namespace, names, model, plan, write)
-        Run(plan, contenders, write).run()
+        with _interrupted_by_sigterm():
+            Run(plan, _contenders(namespace, names, model, plan, write), write).run()
     except KeyboardInterrupt:
         say("interrupted; what was measured so far:")
         _report(records, namespace.chart)
         raise
     return _report(records, namespace.chart)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Lets SIGTERM do what Ctrl-C does, so that no engine is left running; signals belong to the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _plan(namespace: argparse.Namespace) -> Plan:

@@ -71,6 +71,7 @@ class Run:
         self._meter = LoadMeter()
         self._about: dict[str, Record] = {}
         self._failed: set[tuple[str, str]] = set()
+        self._num_done = 0
 
     def run(self) -> None:
         """All rounds, after one unmeasured start of each engine that fills its caches of compiled programs."""
@@ -190,7 +191,11 @@ class Run:
             record |= {"waited_s": round(quiet.seconds, 1), "quiet": quiet.is_quiet}
         self._write(record | (more or {}))
         seen = "" if load is None else f"   (other load {100 * load:.1f} %)"
-        say(f"{contender.name}: round {round_number}: {case.name}: {figure:.4g} {case.unit}{seen}")
+        self._num_done += 1
+        total = self._plan.rounds * len(self._plan.cases) * len(self._contenders)
+        say(
+            f"[{self._num_done}/{total}] {contender.name}: round {round_number}: {case.name}: {figure:.4g} {case.unit}{seen}"
+        )
 
     def _fail(self, contender: Contender, case: Case | None, round_number: int, reason: str) -> None:
         self._write(self._base(contender, case, round_number) | {"error": reason})

@@ -1,6 +1,9 @@
 """The process that an engine runs in: what is said to it and back, and how it ends."""
 
+import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -125,19 +128,14 @@ def test_drivers_import_nothing_of_quire():
         assert path.name == "quire_engine.py" or "quire." not in path.read_text(), path.name
 
 
-def test_the_process_ends_when_nobody_writes_to_it_any_more(tmp_path, log):
+def test_the_process_ends_when_nobody_is_left_to_answer_whatever_it_is_doing(tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
-    read_end, write_end = os.pipe()
     command = [sys.executable, str(DRIVERS / "serve.py"), str(tmp_path / "driver.py")]
-    pid = os.posix_spawn(
-        command[0],
-        command,
-        os.environ,
-        file_actions=[
-            (os.POSIX_SPAWN_DUP2, read_end, 0),
-            (os.POSIX_SPAWN_CLOSE, write_end),
-        ],
-    )
-    os.close(read_end)
-    os.close(write_end)
-    assert os.waitpid(pid, 0) == (pid, 0)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for message in (LOAD, generate([1])):
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+        process.stdin.flush()
+        child = next(int(line.split()[1]) for line in process.stderr if line.startswith(b"child"))
+        process.stdin.close()
+        assert process.wait(30) == 0
+    os.kill(child, signal.SIGKILL)

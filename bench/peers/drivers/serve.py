@@ -4,7 +4,8 @@
     {"op": "load", "model": ..., "threads": 2, ...}                    -> {"version": ..., "runs": ...}
     {"op": "generate", "prompts": [[3, ...], ...], "output_lens": [8, ...]} -> {"token_ids": [[...], ...], "token_times": [[...], ...]}
 
-Whatever goes wrong is answered with {"error": ...}. The end of standard input ends the process. A driver is a file with
+Whatever goes wrong is answered with {"error": ...}. The end of standard input ends the process at once, whatever it is doing: who asked
+is gone, or has seen enough. A driver is a file with
 
     load(settings) -> engine       ready to generate when it returns
     engine.about                   {"version": ..., "runs": what of its ways of running it uses}
@@ -20,7 +21,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import queue
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -73,6 +76,13 @@ def keep_to_processors(count: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
+def read_until_the_end(lines: queue.SimpleQueue[str]) -> None:
+    """Hands on standard input; ends the process when that ends, without taking anything down, which engines may hang in."""
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)
+
+
 def main() -> None:
     """Answers until standard input ends."""
     # Libraries print to standard output as they like; that goes to standard error, and the replies to where they used to.
@@ -81,8 +91,10 @@ def main() -> None:
         sys.path[:] = [entry for entry in sys.path if entry not in ("", os.path.dirname(os.path.abspath(__file__)))]
         driver: Any = None
         engines: list[Any] = []
-        for line in sys.stdin:
-            message = json.loads(line)
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=read_until_the_end, args=(lines,), daemon=True).start()
+        while True:
+            message = json.loads(lines.get())
             try:
                 if driver is None:
                     keep_to_processors(message["threads"])
@@ -97,6 +109,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    sys.stderr.flush()
-    # What is measured is over. Engines that hang while they are taken down would only cost time.
-    os._exit(0)
