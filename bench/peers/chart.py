@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from quire.bench.peers.report import Figure, Summary, is_quire
+from quire.bench.peers.report import Figure, Summary, is_quire, title_of
 from quire.bench.peers.workload import Case
 from quire.kernels.errors import InvalidConfigError
 
@@ -15,6 +15,7 @@ INK, FAINT, PAPER = "#22262b", "#8b939c", "#ffffff"
 QUIRE_COLORS = ("#c8442e", "#e08a5a", "#edbd92")  # this engine, then this engine with other arguments
 PEER_COLOR = "#b9c2cc"
 BEST_PEER_COLOR = "#7f93a8"
+UNITS = {"s": "seconds"}  # where there is room to spell them out
 
 
 def require_matplotlib() -> None:
@@ -34,10 +35,10 @@ def write_chart(summary: Summary, path: Path) -> None:
     height = num_rows * panel_height + 1.3
     canvas = Canvas(figsize=(12.5, height), facecolor=PAPER)
     FigureCanvasAgg(canvas)
-    panels = canvas.subplots(num_rows, NUM_COLUMNS, squeeze=False).flat
+    panels = list(canvas.subplots(num_rows, NUM_COLUMNS, squeeze=False).flat)
     for case, axes in zip(cases, panels, strict=False):
         _draw_panel(axes, summary, case)
-    for axes in list(panels)[len(cases) :]:
+    for axes in panels[len(cases) :]:
         axes.set_visible(False)
     _titles(canvas, summary, height)
     canvas.subplots_adjust(
@@ -51,7 +52,10 @@ def _titles(canvas: Any, summary: Summary, height: float) -> None:
     canvas.text(
         0.02, 1 - 0.36 / height, f"quire and its peers on {summary.shape}", fontsize=17, fontweight="bold", color=INK
     )
-    note = f"random weights, {summary.threads} threads, median of {num_rounds} interleaved rounds, line from lowest to highest"
+    note = (
+        f"random weights, {summary.threads} threads, median of {num_rounds} interleaved rounds with a line from lowest to highest; "
+        "the best peer is dark, (1.2 x) is 1.2 times as good as it"
+    )
     canvas.text(0.02, 1 - 0.64 / height, note, fontsize=10.5, color=FAINT)
 
 
@@ -80,9 +84,17 @@ def _draw_spread(axes: Any, row: int, figure: Figure) -> None:
 
 def _style(axes: Any, names: list[str], case: Case, top: float) -> None:
     direction = "longer is better" if case.higher_is_better else "shorter is better"
-    axes.set_title(case.title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=16)
-    axes.text(0, 1.03, f"{case.unit}, {direction}", transform=axes.transAxes, fontsize=9, color=FAINT, va="bottom")
-    axes.set_yticks(range(len(names)), names, fontsize=9.5)
+    axes.set_title(case.title, loc="left", fontsize=11.5, fontweight="bold", color=INK, pad=19)
+    axes.text(
+        0,
+        1.03,
+        f"{UNITS.get(case.unit, case.unit)}, {direction}",
+        transform=axes.transAxes,
+        fontsize=9,
+        color=FAINT,
+        va="bottom",
+    )
+    axes.set_yticks(range(len(names)), [title_of(name) for name in names], fontsize=9.5)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
         label.set_color(INK)
         label.set_fontweight("bold" if is_quire(name) else "normal")

@@ -37,6 +37,7 @@ class Conversion:
 class Peer:
     """How one peer is run. In `variables`, {threads}, {cache} and {environment} stand for a number and two folders."""
 
+    title: str
     driver: str
     package: str
     conversion: Conversion | None = None
@@ -47,6 +48,7 @@ COMMON_VARIABLES = ("OMP_NUM_THREADS={threads}", "HF_HUB_OFFLINE=1", "TOKENIZERS
 # In the order of the table.
 PEERS = {
     "vllm": Peer(
+        "vLLM",
         "vllm_engine.py",
         "vllm",
         variables=(
@@ -58,10 +60,15 @@ PEERS = {
         ),
     ),
     "openvino": Peer(
-        "openvino_batching.py", "openvino_genai", Conversion("export_openvino.py", "openvino-export", "openvino")
+        "OpenVINO",
+        "openvino_batching.py",
+        "openvino_genai",
+        Conversion("export_openvino.py", "openvino-export", "openvino"),
     ),
-    "llama.cpp": Peer("llama_cpp_batches.py", "llama_cpp", Conversion("write_gguf.py", "llama.cpp", "model-bf16.gguf")),
-    "transformers": Peer("transformers_generate.py", "torch"),
+    "llama.cpp": Peer(
+        "llama.cpp", "llama_cpp_batches.py", "llama_cpp", Conversion("write_gguf.py", "llama.cpp", "model-bf16.gguf")
+    ),
+    "transformers": Peer("transformers", "transformers_generate.py", "torch"),
 }
 ENGINES = (QUIRE, *PEERS)
 

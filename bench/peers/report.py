@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.bench.peers.engines import ENGINES, QUIRE
+from quire.bench.peers.engines import ENGINES, PEERS, QUIRE
 from quire.bench.peers.workload import DEFAULT_CASES, Case
 
 Record = dict[str, Any]
@@ -72,6 +72,11 @@ def is_quire(name: str) -> bool:
     return name.split()[0] == QUIRE
 
 
+def title_of(name: str) -> str:
+    """An engine's name as its makers write it."""
+    return PEERS[name].title if name in PEERS else name
+
+
 def summarize(records: Sequence[Record]) -> Summary:
     """Everything that the records of one shape say. There must be at least one."""
     values: dict[tuple[str, str], list[float]] = {}
@@ -124,7 +129,11 @@ def _agreement(records: Sequence[Record]) -> dict[str, float]:
 
 def table(summary: Summary) -> str:
     """The figures as a Markdown table, a row per case, and what is to be said beside them below it."""
-    head = ["", *summary.engines, *(f"{engine} / best peer" for engine in summary.engines if is_quire(engine))]
+    head = [
+        "",
+        *map(title_of, summary.engines),
+        *(f"{engine} / best peer" for engine in summary.engines if is_quire(engine)),
+    ]
     rows = [head, ["---", *["---:"] * (len(head) - 1)]]
     rows += [_row(summary, case) for case in summary.cases]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -142,7 +151,7 @@ def _row(summary: Summary, case: Case) -> list[str]:
     for engine in summary.engines:
         if is_quire(engine):
             ratio, best = summary.ratio(engine, case), summary.best_peer(case)
-            cells.append("" if ratio is None or best is None else f"{ratio:.2f} ({best[0]})")
+            cells.append("" if ratio is None or best is None else f"{ratio:.2f} ({title_of(best[0])})")
     return cells
 
 
@@ -156,9 +165,9 @@ def _title(summary: Summary) -> str:
 
 def _notes(summary: Summary) -> list[str]:
     lines = ["* ready: from the start of the process to the answer to a first request of 4 tokens"]
-    lines += [f"* {engine}: {about}" for engine, about in summary.about.items()]
+    lines += [f"* {title_of(engine)}: {about}" for engine, about in summary.about.items()]
     if summary.agreement:
-        shares = ", ".join(f"{engine} {100 * share:.0f} %" for engine, share in summary.agreement.items())
+        shares = ", ".join(f"{title_of(engine)} {100 * share:.0f} %" for engine, share in summary.agreement.items())
         lines.append(f"* first tokens that are those of the majority: {shares}")
     if summary.loads:
         lines.append(
