@@ -19,7 +19,7 @@ UNITS = {"s": "seconds"}  # where there is room to spell them out
 
 
 def require_matplotlib() -> None:
-    """Raises InvalidConfigError where there is none, before hours are spent on what cannot be drawn."""
+    """Raises InvalidConfigError where there is none."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InvalidConfigError("a chart needs matplotlib: pip install 'quire[bench]'")
 

@@ -50,7 +50,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--environments", type=Path, default=folder, metavar="FOLDER", help="(default: %(default)s)")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="checkpoints, logs, caches (default: beside those)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON lines to a file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also append the JSON lines to a file")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="also draw the figures")
     parser.add_argument("--read", type=Path, metavar="FILE", help="run nothing: table and chart of an earlier --output")
     parser.add_argument(
@@ -90,8 +90,7 @@ def run(namespace: argparse.Namespace) -> int:
     names = parse_names(namespace.peers)
     if namespace.install is not None:
         return _install([name for name in names if name != QUIRE], namespace.install)
-    if namespace.chart is not None:
-        require_matplotlib()
+    _check_results(namespace)
     if namespace.read is not None:
         return _report(_read(namespace.read), namespace.chart)
     plan = _plan(namespace)
@@ -160,6 +159,15 @@ def _contenders(namespace: argparse.Namespace, names: Any, model: Path, plan: Pl
             common = {"benchmark": "peers", "shape": plan.shape_name, "engine": name, "threads": plan.threads}
             write({**common, "round": 0, "case": None, "error": str(error)})
     return found
+
+
+def _check_results(namespace: argparse.Namespace) -> None:
+    """Raises InvalidConfigError for a result that could not be written, before hours are spent on it."""
+    if namespace.chart is not None:
+        require_matplotlib()
+    for path in (namespace.output, namespace.chart):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidConfigError(f"{path} cannot be written: {path.parent} is not a folder")
 
 
 def _install(names: list[str], folder: Path) -> int:

@@ -85,7 +85,7 @@ class Run:
         """Takes a step; an engine that cannot even be started is out."""
         try:
             step(contender, round_number)
-        except PeerFailedError as error:
+        except (PeerFailedError, ValueError) as error:
             self._contenders.remove(contender)
             self._fail(contender, None, round_number, str(error))
 

@@ -50,6 +50,7 @@ def test_an_engine_that_cannot_load_is_listed_with_its_reason(tmp_path, capsys):
         (["--peers", "quire,tgi"], "unknown tgi"),
         (["--cases", "decode-many"], "is none of decode-N"),
         (["--rounds", "0"], "at least 1"),
+        (["--chart", "/nonexistent/chart.png"], "/nonexistent is not a folder"),
         (["--quire-args", "dtype"], "not of the form name=value"),
     ],
 )
