@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.bench.peers.engines import ENGINES, PEERS, QUIRE
-from quire.bench.peers.workload import DEFAULT_CASES, Case
+from quire.bench.peers.shapes import SHAPES
+from quire.bench.peers.workload import DECODE_LEN, DEFAULT_CASES, MIXED_INPUT_LEN, MIXED_OUTPUT_LEN, Case
 
 Record = dict[str, Any]
+# By kind of case, or by what kinds begin with.
+HOW_MEASURED = {
+    "decode": f"decode: prompts and outputs of {DECODE_LEN} tokens, timed while all requests decode, after the last of their first tokens",
+    "prefill": "prefill: the tokens of one prompt over the time to the first token",
+    "mixed": "mixed: prompts of {} to {} tokens, outputs of {} to {}, all there at the start; output tokens over the whole run".format(
+        *MIXED_INPUT_LEN, *MIXED_OUTPUT_LEN
+    ),
+    "ready": "ready: from the start of the process to the answer to a first request of 4 tokens; cold: with no cache of compiled programs",
+    "memory": "peak memory: of the process and what it has started, after the other cases; files mapped into memory count",
+}
 
 
 @dataclass(frozen=True)
@@ -93,15 +104,16 @@ def summarize(records: Sequence[Record]) -> Summary:
         engines=tuple(sorted(engines, key=lambda name: ENGINES.index(name.split()[0]))),
         figures={key: Figure.of(found) for key, found in values.items()},
         about=about,
-        failures=tuple(
-            f"{record['engine']}{'' if record['case'] is None else ', ' + record['case']}: {record['error']}"
-            for record in records
-            if "error" in record
-        ),
+        failures=tuple(dict.fromkeys(_failure(record) for record in records if "error" in record)),
         loads=tuple(record["other_load"] for record in records if record.get("other_load") is not None),
         num_not_quiet=sum(record.get("quiet") is False for record in records),
         agreement=_agreement(records),
     )
+
+
+def _failure(record: Record) -> str:
+    case = "" if record["case"] is None else f", {record['case']}"
+    return f"{title_of(record['engine'])}{case}: {record['error']}"
 
 
 def _place(case: Case) -> tuple[int, int]:
@@ -164,7 +176,11 @@ def _title(summary: Summary) -> str:
 
 
 def _notes(summary: Summary) -> list[str]:
-    lines = ["* ready: from the start of the process to the answer to a first request of 4 tokens"]
+    lines = [
+        f"* {how}" for kind, how in HOW_MEASURED.items() if any(case.kind.startswith(kind) for case in summary.cases)
+    ]
+    if (shortened := SHAPES[summary.shape].shortened) > 1:
+        lines.append(f"* all lengths divided by {shortened}: figures of this shape are for tests")
     lines += [f"* {title_of(engine)}: {about}" for engine, about in summary.about.items()]
     if summary.agreement:
         shares = ", ".join(f"{title_of(engine)} {100 * share:.0f} %" for engine, share in summary.agreement.items())

@@ -31,7 +31,7 @@ def test_engines_run_side_by_side_and_those_that_cannot_are_listed(tmp_path, cap
     (missing,) = [r for r in records if "error" in r]
     assert missing["engine"] == "vllm"
     assert "--install" in missing["error"]
-    assert "left out: vllm: not installed" in captured.out
+    assert "left out: vLLM: not installed" in captured.out
     assert f"{quire} / best peer" in captured.out
     # Both ran the same model: bfloat16 may turn a near tie.
     firsts = {r["engine"]: r["first_tokens"] for r in records if r["case"] == "mixed-4"}

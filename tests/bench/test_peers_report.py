@@ -122,8 +122,8 @@ def test_the_table_has_every_figure_and_every_reason_for_none():
     assert rows[0] == ["", "quire", "vLLM", "OpenVINO", "llama.cpp", "quire / best peer"]
     decode = next(row for row in rows if row[0].startswith("decode, 8"))
     assert decode[1:] == ["100 (90..110)", "51 (50..52)", "", "40 (40..40)", "1.96 (vLLM)"]
-    assert "left out: openvino: not installed in /somewhere" in text
-    assert "left out: vllm, mixed-64: no answer within 9 s" in text
+    assert "left out: OpenVINO: not installed in /somewhere" in text
+    assert "left out: vLLM, mixed-64: no answer within 9 s" in text
     assert "at most 50.0 % of the machine; 1 measurements began before it was quiet" in text
 
 
