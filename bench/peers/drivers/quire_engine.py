@@ -6,6 +6,7 @@ import importlib.metadata
 import time
 from typing import Any
 
+from quire.backends.select import select_backend
 from quire.engine import LLM, SamplingParams
 from quire.engine.request import EngineCoreRequest
 
@@ -14,18 +15,18 @@ class Engine:
     """The engine core, with no text and no server around it."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        block_size = 16
+        given = settings["arguments"]
+        block_size = given.get("block_size") or select_backend(given.get("device", "auto")).capabilities.block_size
         arguments = {
             "dtype": "bfloat16",
             "max_model_len": settings["max_model_len"],
             "max_num_seqs": settings["max_num_seqs"],
-            "block_size": block_size,
             "num_kv_blocks": settings["num_kv_tokens"] // block_size + 1,  # one is the null block
             "enable_prefix_caching": False,
         }
-        self._core = LLM(settings["model"], **{**arguments, **settings["arguments"]}).core
+        self._core = LLM(settings["model"], **{**arguments, **given}).core
         self._num_calls = 0
-        runs = " ".join(f"{name}={value}" for name, value in settings["arguments"].items())
+        runs = " ".join(f"{name}={value}" for name, value in given.items())
         self.about = {
             "version": importlib.metadata.version("quire"),
             "runs": f"engine core in its process, {self._core.config.dtype} {runs}".strip(),
