@@ -175,6 +175,19 @@ class FullRow {
     });
     return joined(parts_, pieces);
   }
+  // What body(first, count) gives for each piece, summed in their order.
+  template <class Body>
+  double total_of(const Body& body) {
+    const size_t pieces = num_pieces(vocab_size_);
+    double* parts = reinterpret_cast<double*>(weights_);  // far fewer than tokens
+    run_(static_cast<int>(pieces), [&](int piece) {
+      const size_t first = static_cast<size_t>(piece) * kPiece;
+      parts[piece] = body(first, std::min(kPiece, vocab_size_ - first));
+    });
+    double total = 0;
+    for (size_t i = 0; i < pieces; ++i) total += parts[i];
+    return total;
+  }
   Best largest_in(const float* x) {
     return best_of([&](size_t first, size_t count) { return largest_of(x + first, count, static_cast<int32_t>(first)); });
   }
@@ -291,17 +304,24 @@ class FullRow {
 
   // Keeps what min_p, top_k and top_p leave of the scaled logits, none of which is a NaN.
   void truncate(float largest) {
-    float lowest = -std::numeric_limits<float>::infinity();
+    const auto weigh = [&](Floats x) { return exp(sub(x, all(largest))); };
+    constexpr float kNone = -std::numeric_limits<float>::infinity();
+    float lowest = kNone;
     if (has_top_k()) lowest = kth_largest(scaled_, vocab_size_, static_cast<size_t>(p_.top_k[row_]), room_);
     if (has_min_p()) lowest = std::max(lowest, largest + std::log(std::min(std::max(p_.min_p[row_], kMinMinP), 1.0f)));
+    const double top_p = p_.top_p[row_];
+    double total = 0;
+    if (lowest == kNone) {
+      total = total_of([&](size_t first, size_t count) { return sum_of(scaled_ + first, count, weigh); });
+      // Tokens below the V-th part of what top_p leaves out are left out all together, with room for the rounding of both functions.
+      lowest = largest + static_cast<float>(std::log((1.0 - top_p) * total / static_cast<double>(vocab_size_)) - 1e-3);
+    }
     keep_at_least(scaled_, vocab_size_, lowest, kept_);
     if (!has_top_p()) return;
     const size_t n = kept_.count;
-    const auto weigh = [&](Floats x) { return exp(sub(x, all(largest))); };
     for (size_t i = 0; i < n; i += kLanes) store(weights_ + i, weigh(load(kept_.values + i)));
-    const double total = sum_at_least(weights_, n, 0.0f);
-    const double needed = std::max(static_cast<double>(p_.top_p[row_]) * total, kTiny);
-    keep_weights(weights_, nucleus_threshold(weights_, n, needed, room_), kept_);
+    if (total == 0) total = sum_at_least(weights_, n, 0.0f);
+    keep_weights(weights_, nucleus_threshold(weights_, n, std::max(top_p * total, kTiny), room_), kept_);
   }
 
   // Log-probabilities of the logits as they came in; see `compute_logprobs`. A row with a NaN has no others.
@@ -321,7 +341,10 @@ class FullRow {
       return;
     }
     const float chosen = logits_[token];
-    const float log_sum = log_sum_of_exp(best.value, chosen, to.ranks + row_);
+    const float log_sum = static_cast<float>(std::log(total_of([&](size_t first, size_t count) {
+      return sum_of(logits_ + first, count, [&](Floats x) { return exp(sub(x, all(best.value))); });
+    })));
+    to.ranks[row_] = 1 + static_cast<int32_t>(total_of([&](size_t first, size_t count) { return count_above(logits_ + first, count, chosen); }));
     to.token_logprobs[row_] = (chosen - best.value) - log_sum;
     keep_at_least(logits_, vocab_size_, kth_largest(logits_, vocab_size_, num_top, room_), kept_);
     // The largest first, the smaller id first among equals: the order of the list, which is that of the ids, decides there.
@@ -335,28 +358,6 @@ class FullRow {
       top_logprobs[i] = (kept_.values[order[i]] - best.value) - log_sum;
     }
   }
-  // Sums over the pieces in their order; counts the larger logits in the same round.
-  float log_sum_of_exp(float largest, float chosen, int32_t* rank) {
-    struct Part {
-      double sum;
-      int32_t num_larger;
-    };
-    const size_t pieces = num_pieces(vocab_size_);
-    Part* parts = reinterpret_cast<Part*>(weights_);  // far fewer than tokens
-    run_(static_cast<int>(pieces), [&](int piece) {
-      const size_t first = static_cast<size_t>(piece) * kPiece, count = std::min(kPiece, vocab_size_ - first);
-      const double sum = sum_of(logits_ + first, count, [&](Floats x) { return exp(sub(x, all(largest))); });
-      parts[piece] = {sum, count_above(logits_ + first, count, chosen)};
-    });
-    double total = 0;
-    *rank = 1;
-    for (size_t i = 0; i < pieces; ++i) {
-      total += parts[i].sum;
-      *rank += parts[i].num_larger;
-    }
-    return static_cast<float>(std::log(total));
-  }
-
   static constexpr float kMasked = -1e30f, kMinMinP = 1e-30f;
   static constexpr double kTiny = 1e-30;
 
