@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# XLA turns a division by a constant into this product, whose last bit may be another; so it is one everywhere.
+_OF_127 = np.float32(1) / np.float32(127)
+
 
 def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A matrix [..., K, N] as (int8 [..., K, N] in the same memory order, scales float32 [..., N])."""
@@ -26,4 +29,4 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = jnp.max(jnp.abs(values), axis=1)
     inverse = jnp.where(largest > 0, np.float32(127) / largest, np.float32(0))
     rounded = jnp.clip(jnp.round(values * inverse[:, None]), np.float32(-127), np.float32(127))
-    return rounded.astype(jnp.int8), largest / np.float32(127)
+    return rounded.astype(jnp.int8), largest * _OF_127

@@ -156,7 +156,7 @@ inline void row_to_words(const T* x, size_t k, Format format, uint32_t* words, f
   // Symmetric, per row: x = scale x (u8 - 128).
   float largest = 0;
   for (size_t i = 0; i < k; ++i) largest = std::max(largest, std::fabs(as_float(x[i])));
-  *scale = largest / 127.0f;
+  *scale = largest * (1.0f / 127.0f);  // as XLA divides by a constant
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   uint8_t* to = reinterpret_cast<uint8_t*>(words);
   for (size_t i = 0; i < k; ++i) {
