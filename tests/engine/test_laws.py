@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quire.engine import RequestOutput, SamplingParams
-from tests.engine.engines import check_idle, generate, tiny_engine, token_ids, windowed_engine
+from tests.engine.engines import XLA_KERNELS, check_idle, generate, tiny_engine, token_ids, windowed_engine
 
 RNG = np.random.default_rng(11)
 
@@ -85,11 +85,25 @@ def test_a_cached_prefix_equals_a_cold_one(alone: list[RequestOutput]) -> None:
         ("an odd block size equals an even one", {"block_size": 5}),
         ("static batching equals continuous", {"batching": "static"}),
         ("windowed batching equals continuous", {"batching": "windowed", "batching_window": 0.01}),
+        ("kernels of XLA equal native ones", {"kernels": XLA_KERNELS}),
+        ("chunks by kernels of XLA equal the whole", {"kernels": XLA_KERNELS, "max_num_batched_tokens": 4 + 32}),
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
 def test_tokens_do_not_depend_on_the_schedule(law: str, settings: dict, alone: list[RequestOutput]) -> None:
     assert_same(generate(tiny_engine(**settings), PROMPTS, PARAMS), alone)
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}])
+def test_with_native_kernels_tokens_do_not_depend_on_the_schedule_in_any_dtype(settings: dict) -> None:
+    """Where a sum could round differently with the batch, bfloat16 would soon give another token. Batched = alone, chunked = whole."""
+    llm = tiny_engine(enable_prefix_caching=False, **settings)
+    if llm.core.runner.step_config.ops.fused_layer is None:
+        pytest.skip("no native kernels here")
+    alone = token_ids([generate(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, PARAMS, strict=True)])
+    assert token_ids(generate(llm, PROMPTS, PARAMS)) == alone
+    narrow = tiny_engine(max_num_seqs=1, max_num_batched_tokens=1 + 16, tile_size=16, **settings)
+    assert token_ids(generate(narrow, PROMPTS, PARAMS)) == alone
 
 
 # Longer than what admission keeps free for running requests, or nobody would ever be preempted.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quire.engine import LLM, SamplingParams
-from tests.engine.engines import FewShapesBackend, check_idle
+from tests.engine.engines import XLA_KERNELS, FewShapesBackend, check_idle
 from tests.models.tiny import TINY, load_in_transformers, make_checkpoint
 
 NUM_TOKENS = 12
@@ -28,20 +28,28 @@ def _expected(folder, prompt: list[int]) -> tuple[list[int], np.ndarray, float]:
 # One of each family here; the variants (ropes, biases, ties) run with `make slow`, and as models in tests/models.
 FAMILIES = ("llama", "mistral", "qwen2-windows", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3-moe")
 CASES = [
-    *(pytest.param(name, False, id=name, marks=() if name in FAMILIES else pytest.mark.slow) for name in sorted(TINY)),
+    *(
+        pytest.param(name, False, None, id=name, marks=() if name in FAMILIES else pytest.mark.slow)
+        for name in sorted(TINY)
+    ),
     # The form that other devices run: one program for all layers, with windows and ropes that differ between them.
-    *(pytest.param(name, True, id=f"{name}-scanned") for name in ("gemma3", "qwen3-moe")),
+    *(pytest.param(name, True, None, id=f"{name}-scanned") for name in ("gemma3", "qwen3-moe")),
+    # A CPU without the C++ library; tied, since an embedding that is the head as well is held otherwise then.
+    pytest.param("llama3-tied-biased", False, XLA_KERNELS, id="llama3-tied-biased-xla"),
 ]
 
 
-@pytest.mark.parametrize(("name", "scan_layers"), CASES)
-def test_greedy_tokens_and_logprobs_are_those_of_transformers(name: str, scan_layers: bool, tmp_path) -> None:
+@pytest.mark.parametrize(("name", "scan_layers", "kernels"), CASES)
+def test_greedy_tokens_and_logprobs_are_those_of_transformers(
+    name: str, scan_layers: bool, kernels: str | None, tmp_path
+) -> None:
     folder = make_checkpoint(name, tmp_path / name, seed=3)
     llm = LLM(
         str(folder),
         tokenizer="demo",
         backend=FewShapesBackend(scan_layers=scan_layers),
         dtype="float32",
+        kernels=kernels,
         max_num_seqs=3,
         max_model_len=64,
         max_num_batched_tokens=3 + 32,
