@@ -154,14 +154,22 @@ inline void row_to_words(const T* x, size_t k, Format format, uint32_t* words, f
     return;
   }
   // Symmetric, per row: x = scale x (u8 - 128).
-  float largest = 0;
-  for (size_t i = 0; i < k; ++i) largest = std::max(largest, std::fabs(as_float(x[i])));
+  // The largest size, found among the bits: in that order a NaN is above all numbers, and the row becomes NaN as it has to.
+  uint32_t largest_bits = 0;
+  for (size_t i = 0; i < k; ++i) {
+    const float value = as_float(x[i]);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    largest_bits = std::max(largest_bits, bits & 0x7fffffffu);
+  }
+  float largest;
+  std::memcpy(&largest, &largest_bits, sizeof largest);
   *scale = largest * (1.0f / 127.0f);  // as XLA divides by a constant
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   uint8_t* to = reinterpret_cast<uint8_t*>(words);
   for (size_t i = 0; i < k; ++i) {
     const float q = std::nearbyint(as_float(x[i]) * inverse);
-    to[i] = static_cast<uint8_t>(static_cast<int>(std::min(std::max(q, -127.0f), 127.0f)) + 128);
+    to[i] = static_cast<uint8_t>(static_cast<int>(std::min(std::max(-127.0f, q), 127.0f)) + 128);  // a NaN becomes -127
   }
   for (size_t i = k; i < count * 4; ++i) to[i] = 128;
 }

@@ -170,6 +170,7 @@ class LinearConformance:
             x[2, 7] = value
             found = product(jnp.asarray(x), weight)
             np.testing.assert_array_equal(np.delete(bits(found), 2, axis=0), np.delete(bits(plain), 2, axis=0))
+            assert not np.isfinite(found[2]).any(), "and hides nowhere"
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("format", FORMATS)
