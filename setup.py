@@ -20,6 +20,17 @@ INSTRUCTION_SETS = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": [*_AVX512, "-mavx512bf16", "-mavx512vnni"]}
 
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    # Contraction would fuse a multiply and an add in one place and not in another, and a row's bits would depend on its batch.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    # The same memory is words to one loop and floats or bfloat16 to the next, which a compiler may otherwise take for impossible.
+    "-fno-strict-aliasing",
+]
+
 
 class BuildKernels(build_ext):
     """Compiles in parallel, against the headers of the jaxlib at hand, into libraries that no Python version is tied to."""
@@ -61,8 +72,7 @@ def kernels(name: str, flags: list[str]) -> Extension:
         depends=sorted(map(str, KERNELS.glob("*/*.h"))),
         include_dirs=[str(KERNELS / "native")],
         define_macros=[("NDEBUG", None)],
-        # Contraction would fuse a multiply and an add in one place and not in another, and a row's bits would depend on its batch.
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", *flags],
+        extra_compile_args=[*FLAGS, *flags],
         language="c++",
         optional=True,
     )
