@@ -51,7 +51,7 @@ def test_a_library_that_cannot_be_loaded_is_passed_over_in_the_loaders_words(fol
     # What dlopen says names the file; how it goes on is the loader's affair.
     assert reason.startswith("quire_cpu_portable.so cannot be loaded: ")
     assert str(folder / "quire_cpu_portable.so") in reason
-    with pytest.raises(KernelUnavailableError, match="cannot be loaded: .*Install quire again"):
+    with pytest.raises(KernelUnavailableError, match=r"cannot be loaded: .*Install quire again"):
         choose_ops(CONTEXT, {"linear": "native_portable"})
 
 
