@@ -38,25 +38,33 @@ def run(*arguments: str | Path, **options) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def build_wheel(folder: Path, **environment: str) -> Path:
     """The wheel of a copy of the sources, so that neither side sees what the other leaves behind."""
-    folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=NOT_SOURCE)
-    run("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, source)
+    command = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, source)
+    run(*command, env={**os.environ, **environment})
     (built,) = folder.glob("*.whl")
     return built
 
 
-@pytest.fixture(scope="module")
-def files(wheel) -> set[str]:
+def names_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if not name.endswith("/")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def files(wheel) -> set[str]:
+    return names_in(wheel)
 
 
 def expected(pattern: str) -> set[str]:
@@ -86,6 +94,25 @@ def test_the_wheel_holds_the_kernels_for_every_instruction_set_and_is_tied_to_no
     names = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
     assert built == {f"quire_cpu_{name}" for name in names}
     assert "-py3-none-" in wheel.name
+
+
+# Chosen by the package as it is installed, before a model is loaded; `false` as a compiler fails at everything.
+DESCRIBE_OPS = """
+from quire.kernels.op import OpContext
+from quire.kernels.ops import choose_ops
+print(choose_ops(OpContext("cpu", "cpu", "float32", num_heads=4, num_kv_heads=2, head_dim=16, block_size=16)).describe())
+"""
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_is_built_without_kernels_and_works(files, tmp_path):
+    wheel = build_wheel(tmp_path, CC="false", CXX="false")
+    assert names_in(wheel) == {name for name in files if not name.endswith(".so")}
+    target = tmp_path / "installed"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
+    described = run("-c", DESCRIBE_OPS, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)})
+    assert "linear: reference (" in described
+    assert "native_portable: not built: install quire again where a C++17 compiler" in described
 
 
 def test_the_demo_models_are_in_the_wheel_whole(files):
