@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 
-from quire.backends.environment import available_memory, cache_folder, cpu_flags
+from quire.backends.environment import available_memory, available_processors, cache_folder, cpu_flags
 from quire.backends.select import DEVICES, unavailable_reason
+from quire.kernels.native import library
+from quire.kernels.op import OpContext
 from quire.kernels.ops import OPS
 from quire.models.registry import SUPPORTED_ARCHITECTURES
 
@@ -61,14 +63,24 @@ def collect() -> dict[str, Any]:
         "host": {
             "system": platform.platform(),
             "processor flags": " ".join(flag for flag in NOTABLE_FLAGS if flag in flags) or "none of note",
+            "usable processors": str(available_processors()),
             "free memory": f"{available_memory() / 2**30:.1f} GiB",
             "program cache": str(cache_folder()),
         },
         "jax devices": _jax_devices(),
         "backends": {name: unavailable_reason(name) or "available" for name in DEVICES},
+        "CPU kernels": _cpu_kernels(),
         "kernels": {op.name: ", ".join(implementation.name for implementation in op.implementations) for op in OPS},
         "architectures": list(SUPPORTED_ARCHITECTURES),
     }
+
+
+def _cpu_kernels() -> dict[str, str]:
+    """For each instruction set whether its kernels can run here, and why not; the first that can is taken."""
+    context = OpContext(
+        "cpu", "cpu", "float32", num_heads=1, num_kv_heads=1, head_dim=64, block_size=16, instruction_sets=cpu_flags()
+    )
+    return {name: library.refuses_any_model(name, context) or "available" for name in library.INSTRUCTION_SETS}
 
 
 def _jax_devices() -> dict[str, str]:
