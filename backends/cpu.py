@@ -51,7 +51,7 @@ class CpuBackend:
             max_num_seqs=32,
             # The reference attention gathers all that a row may reach, so a context that nobody uses still costs time.
             default_max_model_len=2048,
-            max_prefill_tokens=256,
+            max_prefill_tokens=512,
             max_tensor_parallel_size=1,
         )
 

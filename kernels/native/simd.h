@@ -74,6 +74,7 @@ inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats ints_to_floats(Words x) { return _mm512_cvtepi32_ps(x); }
 inline Floats as_floats(Words x) { return _mm512_castsi512_ps(x); }
@@ -111,12 +112,16 @@ inline Floats load_bf16(const bf16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 inline void store_bf16(bf16* p, Floats x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));  // the same rounding; subnormals become zero
+#else
   const __m512i word = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_or_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(0x40)));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
+#endif
 }
 inline Floats dot_bf16(Floats sum, Words a, Words b) {
 #if defined(__AVX512BF16__)
@@ -143,10 +148,8 @@ inline Floats keep_if_above(Floats x, Floats limit, Floats value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), value);
 }
 inline Floats round_to_int(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// 2^n for a whole n in [-126, 127].
-inline Floats power_of_two(Floats n) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
-}
+// x * 2^n for a whole n in [-126, 127].
+inline Floats times_power_of_two(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
 #elif defined(QUIRE_AVX2)
 
@@ -167,6 +170,7 @@ inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats ints_to_floats(Words x) { return _mm256_cvtepi32_ps(x); }
 inline Floats as_floats(Words x) { return _mm256_castsi256_ps(x); }
@@ -229,8 +233,9 @@ inline Floats keep_if_above(Floats x, Floats limit, Floats value) {
   return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ), value);
 }
 inline Floats round_to_int(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Floats power_of_two(Floats n) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+inline Floats times_power_of_two(Floats x, Floats n) {
+  const __m256i exponents = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(x, _mm256_castsi256_ps(exponents));
 }
 
 #else  // plain C++, which compilers turn into what the machine has (SSE2, NEON, ...)
@@ -257,6 +262,7 @@ inline Floats sub(Floats a, Floats b) { QUIRE_LANES a.lane[i] -= b.lane[i]; retu
 inline Floats mul(Floats a, Floats b) { QUIRE_LANES a.lane[i] *= b.lane[i]; return a; }
 inline Floats div(Floats a, Floats b) { QUIRE_LANES a.lane[i] /= b.lane[i]; return a; }
 inline Floats max(Floats a, Floats b) { QUIRE_LANES a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
+inline Floats min(Floats a, Floats b) { QUIRE_LANES a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
 inline Floats fma(Floats a, Floats b, Floats c) { QUIRE_LANES c.lane[i] += a.lane[i] * b.lane[i]; return c; }
 inline Floats ints_to_floats(Words x) { Floats r; QUIRE_LANES r.lane[i] = static_cast<float>(static_cast<int32_t>(x.lane[i])); return r; }
 inline Floats as_floats(Words x) { Floats r; std::memcpy(&r, &x, sizeof r); return r; }
@@ -306,10 +312,10 @@ inline Floats keep_if_above(Floats x, Floats limit, Floats value) {
   return value;
 }
 inline Floats round_to_int(Floats x) { QUIRE_LANES x.lane[i] = std::nearbyint(x.lane[i]); return x; }
-inline Floats power_of_two(Floats n) {
+inline Floats times_power_of_two(Floats x, Floats n) {
   Words r;
   QUIRE_LANES r.lane[i] = static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23;
-  return as_floats(r);
+  return mul(x, as_floats(r));
 }
 #undef QUIRE_LANES
 
@@ -333,9 +339,7 @@ constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
 // [-ln2/2, ln2/2], whose remainder is below 1e-8 there.
 inline Floats exp(Floats x) {
   const Floats lowest = all(-87.0f);
-  const Floats clipped = max(x, lowest);
-  // min(x, 88) by way of max, so that no infinite power of two is asked for.
-  const Floats bounded = sub(zeros(), max(sub(zeros(), clipped), all(-88.0f)));
+  const Floats bounded = min(max(x, lowest), all(88.0f));  // so that no infinite power of two is asked for
   const Floats n = round_to_int(mul(bounded, all(1.44269504088896341f)));
   Floats r = fma(n, all(-0.693145751953125f), bounded);
   r = fma(n, all(-1.42860682030941723e-6f), r);
@@ -347,7 +351,7 @@ inline Floats exp(Floats x) {
   p = fma(p, r, all(0.5f));
   p = fma(p, r, all(1.0f));
   p = fma(p, r, all(1.0f));
-  return keep_if_above(x, lowest, mul(p, power_of_two(n)));
+  return keep_if_above(x, lowest, times_power_of_two(p, n));
 }
 
 // log(x) of a positive normal x; within 1 ulp of the true one or so, near 1 too. x = 2^e m with m around 1, then the polynomial of Cephes' logf

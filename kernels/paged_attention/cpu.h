@@ -1,10 +1,10 @@
 // Paged attention that reads the blocks in place.
 //
-// A unit of work is one row and one key/value head: its W x G queries (G query heads share the key/value head) against the row's keys, 64 at a time.
+// A unit of work is one row and one key/value head: its W x G queries (G query heads share the key/value head) against the row's keys, 128 at a time.
 // The keys of a tile are packed as panels of a matrix, transposed, and the values as they lie, so scores and output are products
 // of rows with panels; the softmax between them is kept up to date as in Milakov and Gimelshein 2018 (online softmax).
 //
-// Tiles begin at multiples of 64 positions and every query is treated by itself, so a query's result is the same bits whatever row it stands in:
+// Tiles begin at multiples of 128 positions, what a query does not see adds exact zeros, and every query is treated by itself, so a query's result is the same bits whatever row it stands in:
 // alone in a decode row, among the drafts of a verification, or within a prefill tile.
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace quire {
 
-constexpr int kKeys = 64;  // keys of a tile: two panels
+constexpr int kKeys = 128;  // keys of a tile: four panels
 
 struct AttentionShape {
   int num_heads, num_kv_heads, head_dim;
@@ -116,13 +116,13 @@ class Attention {
     float* part;        // [Q][32]
     float* largest;     // [Q]
     float* total;       // [Q]
-    uint32_t* keys;     // 2 panels of [head words][32]
+    uint32_t* keys;     // kKeys / 32 panels of [head words][32]
     uint32_t* values;   // value panels of [key words][32]
   };
 
   Workspace workspace(size_t num_rows) const {
     const size_t sizes[] = {num_rows * head_words_, num_rows * kKeys, num_rows * key_words_, num_rows * value_panels_ * kPanel,
-                            num_rows * kPanel, num_rows, num_rows, 2 * head_words_ * kPanel, value_panels_ * key_words_ * kPanel};
+                            num_rows * kPanel, num_rows, num_rows, kKeys * head_words_, value_panels_ * key_words_ * kPanel};
     size_t starts[10] = {0};
     for (int i = 0; i < 9; ++i) starts[i + 1] = starts[i] + (sizes[i] + 15) / 16 * 16;
     uint32_t* base = static_cast<uint32_t*>(scratch<0>(starts[9] * sizeof(uint32_t)));
@@ -147,13 +147,16 @@ class Attention {
       // Queries before the tile's first key see nothing of it.
       const int first_query = std::max(base - start, 0);
       const size_t skipped = static_cast<size_t>(first_query) * group_, seen = num_rows - skipped;
-      pack_tile(table, kv_head, base, first_key, seq_len, ws);
-      for (int p = 0; p < kKeys / kPanel; ++p)
+      // Panels of keys that the row has.
+      const int used = (std::min(seq_len - base, kKeys) + kPanel - 1) / kPanel;
+      const size_t used_words = num_words(kFormat, used * kPanel);
+      pack_tile(table, kv_head, base, first_key, seq_len, used * kPanel, ws);
+      for (int p = 0; p < used; ++p)
         rows_times_panel<Dot>(ws.q + skipped * head_words_, head_words_, seen, ws.keys + p * head_words_ * kPanel, head_words_,
                               ws.scores + skipped * kKeys + p * kPanel, kKeys);
-      for (size_t r = skipped; r < num_rows; ++r) weigh(ws, r, base, start + static_cast<int>(r / group_));
+      for (size_t r = skipped; r < num_rows; ++r) weigh(ws, r, base, used * kPanel, start + static_cast<int>(r / group_));
       for (size_t p = 0; p < value_panels_; ++p) {
-        rows_times_panel<Dot>(ws.weights + skipped * key_words_, key_words_, seen, ws.values + p * key_words_ * kPanel, key_words_,
+        rows_times_panel<Dot>(ws.weights + skipped * key_words_, key_words_, seen, ws.values + p * key_words_ * kPanel, used_words,
                               ws.part, kPanel);
         for (size_t r = 0; r < seen; ++r) {
           float* out = ws.out + ((skipped + r) * value_panels_ + p) * kPanel;
@@ -171,14 +174,14 @@ class Attention {
     }
   }
 
-  // Keys and values of positions base ... base + 63 as panels; zero outside [first_key, seq_len), where anything may lie.
-  void pack_tile(const int32_t* table, int kv_head, int base, int first_key, int seq_len, const Workspace& ws) const {
+  // Keys and values of `count` positions from base on as panels; zero outside [first_key, seq_len), where anything may lie.
+  void pack_tile(const int32_t* table, int kv_head, int base, int first_key, int seq_len, int count, const Workspace& ws) const {
     static constexpr uint32_t kNothing[512] = {};
     const T* nothing = reinterpret_cast<const T*>(kNothing);
     const int head_dim = shape_.head_dim;
     const T* keys[kKeys];
     const T* values[kKeys];
-    for (int i = 0; i < kKeys; ++i) {
+    for (int i = 0; i < count; ++i) {
       const int position = base + i;
       if (position < first_key || position >= seq_len) {
         keys[i] = values[i] = nothing;
@@ -188,14 +191,14 @@ class Attention {
       keys[i] = cache_.key(block, position % cache_.block_size, kv_head);
       values[i] = keys[i] + head_dim;
     }
-    for (int i = 0; i < kKeys; i += 16) {
+    for (int i = 0; i < count; i += 16) {
       uint32_t* to = ws.keys + (i / kPanel) * head_words_ * kPanel + i % kPanel;
       transpose_words(reinterpret_cast<const uint32_t* const*>(keys + i), head_words_, to);
     }
     constexpr int g = values_per_word(kFormat);
     for (size_t p = 0; p < value_panels_; ++p) {
       const int first = static_cast<int>(p) * kPanel, width = std::min(kPanel, head_dim - first);
-      for (size_t k = 0; k < key_words_; ++k) {
+      for (size_t k = 0; k < num_words(kFormat, count); ++k) {
         uint32_t* to = ws.values + (p * key_words_ + k) * kPanel;
         if constexpr (g == 1) {
           std::memcpy(to, values[k] + first, width * sizeof(T));
@@ -208,30 +211,38 @@ class Attention {
     }
   }
 
-  // Turns one query's scores into weights, and brings its running maximum, sum and output up to date.
-  void weigh(const Workspace& ws, size_t r, int base, int position) const {
+  // Turns one query's scores into weights, and brings its running maximum, sum and output up to date. Of `count` keys it sees [first, end).
+  void weigh(const Workspace& ws, size_t r, int base, int count, int position) const {
     float* scores = ws.scores + r * kKeys;
     const int window = shape_.sliding_window;
-    const int first = window > 0 ? std::max(position - window + 1 - base, 0) : 0, end = std::min(position + 1 - base, kKeys);
-    for (int c = 0; c < kKeys; c += kLanes) {
-      Floats s = mul(load(scores + c), all(shape_.scale));
-      if (shape_.soft_cap > 0) s = mul(all(shape_.soft_cap), tanh(div(s, all(shape_.soft_cap))));
-      store(scores + c, s);
+    const int first = std::min(window > 0 ? std::max(position - window + 1 - base, 0) : 0, count), end = std::min(position + 1 - base, count);
+    const int whole_end = (end + kLanes - 1) / kLanes * kLanes;  // end, up to a whole vector
+    float scale = shape_.scale;
+    if (shape_.soft_cap > 0) {
+      for (int c = 0; c < whole_end; c += kLanes)
+        store(scores + c, mul(all(shape_.soft_cap), tanh(div(mul(load(scores + c), all(scale)), all(shape_.soft_cap)))));
+      scale = 1.0f;
     }
-    std::fill_n(scores, std::min(first, kKeys), kMasked);
-    if (end < kKeys) std::fill_n(scores + end, kKeys - end, kMasked);
+    std::fill_n(scores, first, kMasked);
+    std::fill_n(scores + end, whole_end - end, kMasked);
     Floats highest = all(kMasked);
-    for (int c = 0; c < kKeys; c += kLanes) highest = max(highest, load(scores + c));
-    const float largest = std::max(ws.largest[r], max_lanes(highest));
+    for (int c = 0; c < whole_end; c += kLanes) highest = max(highest, load(scores + c));
+    const float highest_here = max_lanes(highest);
+    const float largest = std::max(ws.largest[r], highest_here > kMasked * 0.5f ? highest_here * scale : kMasked);
     Floats sum = zeros();
-    for (int c = 0; c < kKeys; c += kLanes) {
+    uint32_t* weights = ws.weights + r * key_words_;
+    const auto put = [&](int c, Floats weight) {
+      if constexpr (kFormat == Format::kFloat32) store(reinterpret_cast<float*>(weights) + c, weight);
+      else store_bf16(reinterpret_cast<bf16*>(weights) + c, weight);
+    };
+    for (int c = 0; c < whole_end; c += kLanes) {
       // A key that is not seen has a score far below any real one, so its weight is exactly 0; where no key was seen yet, force it.
       const Floats s = load(scores + c);
-      const Floats weight = keep_if_above(s, all(kMasked * 0.5f), exp(sub(s, all(largest))));
+      const Floats weight = keep_if_above(s, all(kMasked * 0.5f), exp(fma(s, all(scale), all(-largest))));
       sum = add(sum, weight);
-      if constexpr (kFormat == Format::kFloat32) store(reinterpret_cast<float*>(ws.weights + r * key_words_) + c, weight);
-      else store_bf16(reinterpret_cast<bf16*>(ws.weights + r * key_words_) + c, weight);
+      put(c, weight);
     }
+    for (int c = whole_end; c < count; c += kLanes) put(c, zeros());
     if (largest > ws.largest[r]) {
       alignas(64) float factor[kLanes];
       store(factor, exp(all(ws.largest[r] - largest)));

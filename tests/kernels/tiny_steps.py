@@ -147,7 +147,7 @@ class TinyModel:
         return (*flat, (tables, starts + counts, counts))
 
     def _step(self, params, ids, positions, caches, blocks, offsets, lens, widths):
-        rectangles = [RowsOfTokens(width, *arrays) for width, arrays in zip(widths, lens, strict=True)]
+        rectangles = [RowsOfTokens(*arrays, width=width) for width, arrays in zip(widths, lens, strict=True)]
         places = StepPlaces(blocks, offsets, rectangles)
         run_layer = None if self._instruction_set is None else partial(self._run_layer, places)
         return forward(params, self.config, ids, positions, caches, partial(self._attend, places), run_layer)
