@@ -17,8 +17,6 @@
 namespace quire {
 namespace {
 
-constexpr int kMaxRectangles = 4;
-
 struct LayerSpec {
   Format format;  // of the matrices
   Activation activation;

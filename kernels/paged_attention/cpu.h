@@ -38,6 +38,8 @@ struct Cache {
   T* value(int block, int offset, int head) const { return key(block, offset, head) + head_dim; }
 };
 
+constexpr int kMaxRectangles = 4;  // of one step
+
 // Rows [R, W] of one rectangle.
 struct Rectangle {
   int num_rows = 0, width = 0, max_blocks = 0;
@@ -85,6 +87,23 @@ inline void transpose_words(const uint32_t* const source[16], size_t count, uint
 #endif
 }
 
+// Two rows of bfloat16 as words that hold one of each: to[c] = even[c] | odd[c] << 16, for c below width; then zeros up to a whole panel.
+inline void interleave(const bf16* even, const bf16* odd, int width, uint32_t* to) {
+#if defined(QUIRE_AVX512)
+  if (width == kPanel) {
+    static constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                          8,  40, 9,  41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_loadu_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+    return;
+  }
+#endif
+  for (int c = 0; c < width; ++c) to[c] = static_cast<uint32_t>(even[c]) | static_cast<uint32_t>(odd[c]) << 16;
+  for (int c = width; c < kPanel; ++c) to[c] = 0;
+}
+
 // The attention of one rectangle's rows. `T` is the type of queries, cache and output.
 template <class T>
 class Attention {
@@ -101,10 +120,11 @@ class Attention {
     value_panels_ = num_panels(shape.head_dim);
   }
 
-  // Attends with the queries of one row for one key/value head; first_token is where they begin in q and out.
-  void unit(const Rectangle& rectangle, int row, int kv_head, size_t first_token) const {
+  // Attends with the queries of one row for key/value heads first_head ... end_head - 1; first_token is where they begin in q and out.
+  void unit(const Rectangle& rectangle, int row, int first_head, int end_head, size_t first_token) const {
     const int num_queries = rectangle.num_queries(row);
-    if (num_queries > 0) attend(rectangle, row, kv_head, num_queries, first_token);
+    if (num_queries == 0) return;
+    for (int head = first_head; head < end_head; ++head) attend(rectangle, row, head, head > first_head, head + 1 < end_head, num_queries, first_token);
   }
 
  private:
@@ -130,11 +150,15 @@ class Attention {
     return {base, floats(1), base + starts[2], floats(3), floats(4), floats(5), floats(6), base + starts[7], base + starts[8]};
   }
 
-  void attend(const Rectangle& rectangle, int row, int kv_head, int num_queries, size_t first_token) const {
+  void attend(const Rectangle& rectangle, int row, int kv_head, bool is_foreseen, bool is_followed, int num_queries,
+              size_t first_token) const {
     const int seq_len = rectangle.seq_lens[row], start = seq_len - num_queries, head_dim = shape_.head_dim;
     const int first_key = shape_.sliding_window > 0 ? std::max(start - shape_.sliding_window + 1, 0) : 0;
     const size_t num_rows = static_cast<size_t>(num_queries) * group_;
     const Workspace ws = workspace(num_rows);
+    const int32_t* table = rectangle.tables + static_cast<size_t>(row) * rectangle.max_blocks;
+    const int first_base = first_key / kKeys * kKeys;
+    if (!is_foreseen) prefetch_tile(table, kv_head, first_base, seq_len);
     for (size_t r = 0; r < num_rows; ++r) {
       const T* source = q_ + (first_token + r / group_) * q_stride_ + (kv_head * group_ + r % group_) * head_dim;
       row_to_words(source, head_dim, kFormat, ws.q + r * head_words_, nullptr);
@@ -142,8 +166,12 @@ class Attention {
     std::fill_n(ws.largest, num_rows, kMasked);
     std::fill_n(ws.total, num_rows, 0.0f);
     std::fill_n(ws.out, num_rows * value_panels_ * kPanel, 0.0f);
-    const int32_t* table = rectangle.tables + static_cast<size_t>(row) * rectangle.max_blocks;
-    for (int base = first_key / kKeys * kKeys; base < seq_len; base += kKeys) {
+    for (int base = first_base; base < seq_len; base += kKeys) {
+      // What is read next is asked for now: the pieces of one head lie too far apart for the processor to foresee them.
+      if (base + kKeys < seq_len)
+        prefetch_tile(table, kv_head, base + kKeys, seq_len);
+      else if (is_followed)
+        prefetch_tile(table, kv_head + 1, first_base, seq_len);
       // Queries before the tile's first key see nothing of it.
       const int first_query = std::max(base - start, 0);
       const size_t skipped = static_cast<size_t>(first_query) * group_, seen = num_rows - skipped;
@@ -171,6 +199,16 @@ class Attention {
       int i = 0;
       for (; i + kLanes <= head_dim; i += kLanes) store_floats(to + i, mul(load(from + i), all(inverse)));
       for (; i < head_dim; ++i) assign(to[i], from[i] * inverse);
+    }
+  }
+
+  void prefetch_tile(const int32_t* table, int kv_head, int base, int seq_len) const {
+    const int end = std::min(base + kKeys, seq_len);
+    const size_t num_bytes = 2 * shape_.head_dim * sizeof(T);  // a key and the value behind it
+    for (int position = base; position < end; ++position) {
+      const int block = std::min(std::max(table[position / cache_.block_size], 0), cache_.num_blocks - 1);
+      const char* from = reinterpret_cast<const char*>(cache_.key(block, position % cache_.block_size, kv_head));
+      for (size_t byte = 0; byte < num_bytes; byte += 64) prefetch(from + byte);
     }
   }
 
@@ -202,11 +240,10 @@ class Attention {
         uint32_t* to = ws.values + (p * key_words_ + k) * kPanel;
         if constexpr (g == 1) {
           std::memcpy(to, values[k] + first, width * sizeof(T));
+          for (int c = width; c < kPanel; ++c) to[c] = 0;
         } else {
-          const T *even = values[2 * k] + first, *odd = values[2 * k + 1] + first;
-          for (int c = 0; c < width; ++c) to[c] = static_cast<uint32_t>(even[c]) | static_cast<uint32_t>(odd[c]) << 16;
+          interleave(values[2 * k] + first, values[2 * k + 1] + first, width, to);
         }
-        for (int c = width; c < kPanel; ++c) to[c] = 0;
       }
     }
   }
@@ -270,13 +307,24 @@ class Attention {
 template <class T>
 inline void attend_rectangles(Team& team, const Attention<T>& attention, const Rectangle* rectangles, int num_rectangles, int num_kv_heads,
                               const size_t* first_tokens) {
+  // A chunk is a row where there are rows enough for all threads: its heads lie side by side in memory. Else it is one head of a row.
   int total = 0;
-  for (int i = 0; i < num_rectangles; ++i) total += rectangles[i].num_rows;
-  team.for_each(total * num_kv_heads, [&](int chunk) {
-    const int kv_head = chunk % num_kv_heads, number = chunk / num_kv_heads;
-    int i = 0, row = number;
-    for (; row >= rectangles[i].num_rows; ++i) row -= rectangles[i].num_rows;
-    attention.unit(rectangles[i], row, kv_head, first_tokens[number]);
+  bool is_row[kMaxRectangles];
+  for (int i = 0; i < num_rectangles; ++i) {
+    is_row[i] = rectangles[i].width == 1 && rectangles[i].num_rows >= 4 * team.num_threads();
+    total += rectangles[i].num_rows * (is_row[i] ? 1 : num_kv_heads);
+  }
+  team.for_each(total, [&](int chunk) {
+    int i = 0, rows_before = 0;
+    for (;; ++i) {
+      const int chunks = rectangles[i].num_rows * (is_row[i] ? 1 : num_kv_heads);
+      if (chunk < chunks) break;
+      chunk -= chunks;
+      rows_before += rectangles[i].num_rows;
+    }
+    const int row = is_row[i] ? chunk : chunk / num_kv_heads;
+    const int head = is_row[i] ? 0 : chunk % num_kv_heads, end_head = is_row[i] ? num_kv_heads : head + 1;
+    attention.unit(rectangles[i], row, head, end_head, first_tokens[rows_before + row]);
   });
 }
 
