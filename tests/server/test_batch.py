@@ -193,7 +193,7 @@ def test_a_torn_last_line_is_written_anew(server, tmp_path):
 
 def test_one_output_has_one_writer(server, tmp_path):
     body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True}
-    source, target = write(tmp_path / "in", [line(str(idx), body) for idx in range(40)]), tmp_path / "out"
+    source, target = write(tmp_path / "in", [line(str(idx), body) for idx in range(1000)]), tmp_path / "out"
     with running(source, target, "--url", server.url) as first:
         wait_for(target.exists)
         time.sleep(0.2)
