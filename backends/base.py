@@ -6,6 +6,7 @@ runtime runs it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -46,7 +47,20 @@ class Capabilities:
     """Longest sequence, in tokens, unless the user asks for more."""
     max_prefill_tokens: int
     """Default for the prompt tokens of one step."""
-    max_tensor_parallel_size: int
+    memory_utilization: float
+    """Default for the share of the memory left beside weights and steps that the KV cache may take."""
+    max_compile_threads: int
+    """Programs handed to the compiler at once."""
+    min_layout_tile: tuple[int, int] = (1, 1)
+    """The device's memory pads the last two axes of an array to multiples of these, the first of them at most."""
+
+    def padded_elements(self, shape: tuple[int, ...]) -> int:
+        """How many elements the device's memory takes for an array."""
+        *leading, rows, columns = shape
+        row_tile, column_tile = self.min_layout_tile
+        # Fewer rows than a tile has lie in a smaller one, a power of two.
+        row_tile = min(row_tile, 1 << (rows - 1).bit_length())
+        return math.prod(leading) * -(-rows // row_tile) * row_tile * -(-columns // column_tile) * column_tile
 
 
 @dataclass(frozen=True, order=True)
@@ -126,12 +140,22 @@ class Backend(Protocol):
         """The devices that one model is spread over. Raises BackendError when there are too few."""
         ...
 
-    def select_ops(self, config: ModelConfig, dtype: str, block_size: int, wanted: dict[str, str] | None) -> Ops:
+    def select_ops(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        block_size: int,
+        tensor_parallel_size: int,
+        wanted: dict[str, str] | None,
+    ) -> Ops:
         """The kernels that serve this model; see `quire.kernels.ops.choose_ops`."""
         ...
 
-    def kv_cache_bytes(self, memory_utilization: float) -> int:
-        """Bytes that the KV cache may take, after the weights are loaded."""
+    def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:
+        """Bytes of one device that the KV cache may take: that share of what is free now, less what others will still use.
+
+        Negative where not even those fit.
+        """
         ...
 
     def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:

@@ -18,6 +18,7 @@ from quire.kernels.op import OpContext
 from quire.kernels.ops import Ops, choose_ops
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.config import ModelConfig
+from quire.models.parallel import MODEL_AXIS, num_held_kv_heads
 
 # Rows of a decode rectangle grow by this factor from shape to shape: a step is at most so much wider than its batch.
 ROW_FACTOR = 4
@@ -31,12 +32,12 @@ class CpuBackend:
 
     def __init__(self) -> None:
         try:
-            self._device = jax.devices("cpu")[0]
+            self._devices = jax.devices("cpu")
         except RuntimeError as error:
             raise BackendError(f"jax has no CPU device here ({error}); is JAX_PLATFORMS set without cpu?") from error
         self.capabilities = Capabilities(
             platform="cpu",
-            device_kind=self._device.device_kind,
+            device_kind=self._devices[0].device_kind,
             mixed_batches=True,
             dtypes=("float32", "bfloat16"),
             # XLA:CPU has fast bfloat16 products only where the processor has them; elsewhere float32 is quicker than converting.
@@ -52,25 +53,37 @@ class CpuBackend:
             # The reference attention gathers all that a row may reach, so a context that nobody uses still costs time.
             default_max_model_len=2048,
             max_prefill_tokens=512,
-            max_tensor_parallel_size=1,
+            memory_utilization=0.5,
+            # The compiler releases the GIL and uses several cores by itself; two at once keep them busy while the third is traced.
+            max_compile_threads=2,
         )
 
     def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
-        if tensor_parallel_size > self.capabilities.max_tensor_parallel_size:
+        if tensor_parallel_size > len(self._devices):
             raise BackendError(
-                f"tensor_parallel_size={tensor_parallel_size}: the CPU backend runs a model on one device; leave it at 1"
+                f"tensor_parallel_size={tensor_parallel_size}: all cores are one device here; leave it at 1, or try out how a model "
+                "is spread with XLA_FLAGS=--xla_force_host_platform_device_count"
+                f"={tensor_parallel_size} in the environment, which makes nothing faster"
             )
-        return jax.sharding.Mesh(np.array([self._device]), ("model",))
+        return jax.sharding.Mesh(np.array(self._devices[:tensor_parallel_size]), (MODEL_AXIS,))
 
-    def select_ops(self, config: ModelConfig, dtype: str, block_size: int, wanted: dict[str, str] | None) -> Ops:
+    def select_ops(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        block_size: int,
+        tensor_parallel_size: int,
+        wanted: dict[str, str] | None,
+    ) -> Ops:
         context = OpContext(
             platform="cpu",
             device_kind=self.capabilities.device_kind,
             dtype=dtype,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=config.num_heads // tensor_parallel_size,
+            num_kv_heads=num_held_kv_heads(config, tensor_parallel_size) // tensor_parallel_size,
             head_dim=config.head_dim,
             block_size=block_size,
+            num_devices=tensor_parallel_size,
             scan_layers=self.capabilities.scan_layers,
             has_experts=config.moe is not None,
             instruction_sets=cpu_flags(),
@@ -79,8 +92,8 @@ class CpuBackend:
         limit_threads(available_processors())
         return ops
 
-    def kv_cache_bytes(self, memory_utilization: float) -> int:
-        return int(available_memory() * memory_utilization)
+    def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:
+        return int((available_memory() - reserved_bytes) * memory_utilization)
 
     def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
         full = -(-limits.max_model_len // limits.block_size)

@@ -135,7 +135,7 @@ def _run_once(llm: LLM, workload: Workload, policy: Any, *, title: str, limit: i
         make_admission_policy(policy, window_seconds=window_seconds, max_num_seqs=core.config.max_num_seqs)
     )
     core.scheduler.kv_cache.forget_prefixes()
-    requests = make_requests(workload, core.model.config.vocab_size, f"{title}-{time.monotonic()}")[:limit]
+    requests = make_requests(workload, core.model.vocab_size, f"{title}-{time.monotonic()}")[:limit]
     before = core.stats()
     step_seconds: list[float] = []
     decode_seconds: list[float] = []

@@ -56,7 +56,9 @@ class CacheOptions:
 
     block_size: int | None = _option(None, "Tokens in one block of the KV cache.")
     num_kv_blocks: int | None = _option(None, "Blocks of the KV cache; from the device's free memory when left out.")
-    memory_utilization: float = _option(0.5, "Share of the memory left after loading that the KV cache may take.")
+    memory_utilization: float | None = _option(
+        None, "Share of the memory left after loading that the KV cache may take; the device's own when left out."
+    )
     enable_prefix_caching: bool = _option(True, "Reuse the blocks of prompts that begin alike.")
 
 
@@ -127,7 +129,7 @@ class EngineConfig:
             for option in fields(_GROUPS[group.name]):
                 value = getattr(getattr(self, group.name), option.name)
                 _check_value(option, value)
-        if not 0.0 < self.cache.memory_utilization <= 1.0:
+        if self.cache.memory_utilization is not None and not 0.0 < self.cache.memory_utilization <= 1.0:
             raise InvalidConfigError(
                 f"memory_utilization is a share of memory, above 0 and at most 1, not {self.cache.memory_utilization}"
             )

@@ -7,52 +7,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from quire.backends.base import Backend, Capabilities, ShapeLimits
+from quire.backends.base import Backend, Capabilities
 from quire.backends.environment import cache_folder
 from quire.backends.select import select_backend
 from quire.engine.admission import AdmissionPolicy, make_admission_policy
-from quire.engine.config import (
-    EngineConfig,
-    LiveSettings,
-    ResolvedConfig,
-    resolve,
-    resolve_block_size,
-    resolve_dtype,
-)
-from quire.engine.device_state import cache_block_bytes
+from quire.engine.config import EngineConfig, LiveSettings, ResolvedConfig
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.metrics import EngineStats, IdleClock, StepSeconds
-from quire.engine.model_runner import Dispatched, ModelRunner, RunnerConfig
+from quire.engine.model_runner import Dispatched, ModelRunner
+from quire.engine.planning import EnginePlan
 from quire.engine.request import EngineCoreRequest
 from quire.engine.scheduler import Scheduler
-from quire.engine.step import StepConfig
 from quire.engine.step_data import EngineCoreOutput
-from quire.kernels.errors import EngineDeadError, InvalidConfigError
-from quire.kernels.ops import REFERENCE, Ops
-from quire.kernels.sampling.rows import SamplingMode
-from quire.models.checkpoint import load_params, resolve_model
+from quire.kernels.errors import EngineDeadError
+from quire.models.checkpoint import load_params
 from quire.models.config import ModelConfig
-from quire.models.params import ParamSpec, as_array, init_params
-from quire.models.registry import load_config
+from quire.models.params import Params, init_params
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int, str], None]
 """Called as (phase, done, total, what) while weights are loaded and shapes are compiled."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """Where a model lies and what it is."""
-
-    folder: Path
-    config: ModelConfig
 
 
 class EngineCore:
@@ -72,23 +51,17 @@ class EngineCore:
         """
         begin = time.perf_counter()
         backend = backend or select_backend(config.device.device)
-        self._backend = backend
-        backend.make_mesh(config.device.tensor_parallel_size)
         if config.device.compilation_cache:
             _enable_compilation_cache()
-        folder = resolve_model(config.model.model)
-        self.model = LoadedModel(folder, load_config(folder, config.model.max_model_len))
-        _resolve(
-            config, self.model.config, backend
-        )  # settings that cannot work are refused before the weights are read
-        ops = _choose_ops(config, self.model.config, backend)
-        params = _load(config, self.model, backend, ops, progress)
-        self.config = _resolve(config, self.model.config, backend)
+        # Settings that cannot work are refused before the weights are read; what is left once they are read decides on the cache.
+        plan = EnginePlan.make(config, backend)
+        params = _load(plan, progress)
+        self.plan = plan.after_loading()
         for note in self.config.notes:
             logger.info("%s", note)
         self.settings = LiveSettings.of(config.scheduler, self.config)
         self.scheduler = _make_scheduler(config, self.config)
-        self.runner = _make_runner(config, self.config, self.model.config, backend, ops, params)
+        self.runner = ModelRunner(self.plan, params)
         self._max_in_flight = 1 if config.scheduler.async_scheduling else 0
         self._in_flight: deque[Dispatched] = deque()
         self._dead: BaseException | None = None
@@ -172,13 +145,23 @@ class EngineCore:
         return settings
 
     @property
+    def model(self) -> ModelConfig:
+        """What the model is."""
+        return self.plan.model
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """Every setting decided."""
+        return self.plan.resolved
+
+    @property
     def capabilities(self) -> Capabilities:
         """What the device can do."""
-        return self._backend.capabilities
+        return self.plan.backend.capabilities
 
     def profile(self, folder: Path) -> AbstractContextManager[object]:
         """Records what the device does inside the context, into `folder`, for the backend's profile viewer."""
-        return self._backend.profile(folder)
+        return self.plan.backend.profile(folder)
 
     def stats(self) -> EngineStats:
         """A reading of every gauge and counter."""
@@ -199,52 +182,19 @@ def _enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _choose_ops(config: EngineConfig, model: ModelConfig, backend: Backend) -> Ops:
-    block_size = resolve_block_size(config, backend.capabilities)
-    dtype = resolve_dtype(config, model, backend.capabilities)
-    ops = backend.select_ops(model, dtype, block_size, _wanted_kernels(config.device.kernels))
-    logger.info("kernels: %s", ops.describe().replace("\n", ", "))
-    return ops
-
-
-def _load(config: EngineConfig, model: LoadedModel, backend: Backend, ops: Ops, progress: Progress) -> object:
-    dtype = jax.numpy.dtype(resolve_dtype(config, model.config, backend.capabilities))
-    stacked = backend.capabilities.scan_layers
-
-    quantization = config.model.quantization
-
-    def place(spec: ParamSpec, array: np.ndarray) -> object:
-        if not spec.is_product_weight(model.config):
-            return as_array(spec, array)
-        if spec.name != "embed_tokens":
-            # Which expert a token goes to hangs on small differences.
-            return ops.linear.function(array, "none" if spec.key == "router" else quantization)
-        if ops.linear.name == REFERENCE and quantization == "none":
-            return as_array(spec, array)  # rows are read out of it as well
-        return ops.linear.function(array.T, quantization)  # [V, D] in the checkpoint
-
-    if config.model.load_format == "dummy":
-        return init_params(model.config, config.model.seed, dtype, stacked=stacked, place=place)
+def _load(plan: EnginePlan, progress: Progress) -> Params:
+    placement, stacked = plan.placement, plan.backend.capabilities.scan_layers
+    if plan.settings.model.load_format == "dummy":
+        return init_params(
+            plan.model, plan.settings.model.seed, placement.dtype, stacked=stacked, place=placement.place
+        )
     return load_params(
-        model.folder,
-        model.config,
-        dtype,
+        plan.folder,
+        plan.model,
+        placement.dtype,
         stacked=stacked,
-        place=place,
+        place=placement.place,
         progress=lambda done, total: progress("load", done, total, "tensors"),
-    )
-
-
-def _resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
-    block_size = resolve_block_size(config, backend.capabilities)
-    dtype = resolve_dtype(config, model, backend.capabilities)
-    return resolve(
-        config,
-        model,
-        backend.capabilities,
-        cache_bytes=backend.kv_cache_bytes(config.cache.memory_utilization),
-        block_bytes=cache_block_bytes(model, block_size, dtype),
-        block_size=block_size,
     )
 
 
@@ -271,50 +221,3 @@ def _make_scheduler(config: EngineConfig, resolved: ResolvedConfig) -> Scheduler
         decode_steps_per_dispatch=config.scheduler.decode_steps_per_dispatch,
         priority_seconds=settings.effective_priority_seconds,
     )
-
-
-def _make_runner(
-    config: EngineConfig, resolved: ResolvedConfig, model: ModelConfig, backend: Backend, ops: Ops, params: object
-) -> ModelRunner:
-    shapes = backend.step_shapes(
-        ShapeLimits(
-            max_num_seqs=resolved.max_num_seqs,
-            max_prefill_tiles=resolved.limits.max_prefill_tiles,
-            max_model_len=resolved.max_model_len,
-            block_size=resolved.block_size,
-            decode_steps_per_dispatch=config.scheduler.decode_steps_per_dispatch,
-            is_padding_free=ops.is_padding_free,
-            is_random_free=ops.is_random_free,
-            most_sampling=SamplingMode[config.device.sampling.upper()],
-        )
-    )
-    return ModelRunner(
-        model,
-        params,
-        backend,
-        StepConfig(
-            model, ops, resolved.block_size, resolved.max_logprobs, unroll_steps=not backend.capabilities.scan_layers
-        ),
-        RunnerConfig(
-            max_num_seqs=resolved.max_num_seqs,
-            max_model_len=resolved.max_model_len,
-            num_kv_blocks=resolved.num_kv_blocks,
-            block_size=resolved.block_size,
-            dtype=resolved.dtype,
-        ),
-        resolved.limits,
-        shapes,
-    )
-
-
-def _wanted_kernels(text: str | None) -> dict[str, str]:
-    """`op=name,op=name` as a dict. Raises InvalidConfigError for anything else."""
-    if not text:
-        return {}
-    pairs = [pair.split("=") for pair in text.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InvalidConfigError(f"kernels={text!r} is not of the form op=name,op=name")
-    wanted = {op.strip(): name.strip() for op, name in pairs}
-    if len(wanted) != len(pairs):
-        raise InvalidConfigError(f"kernels={text!r} names an op twice")
-    return wanted

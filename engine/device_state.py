@@ -9,12 +9,14 @@ one's tokens have been read, several steps can run in one dispatch, and a specul
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quire.backends.base import Capabilities
 from quire.engine.sampling_params import (
@@ -25,10 +27,11 @@ from quire.engine.sampling_params import (
     SamplingParams,
 )
 from quire.engine.step_data import AdmittedRequest
-from quire.kernels.paged_attention.contract import NewCache, cache_shape
+from quire.kernels.paged_attention.contract import CacheFormat
 from quire.kernels.sampling.noise import seed_key
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.config import ModelConfig
+from quire.models.parallel import MODEL_AXIS, num_held_kv_heads
 
 # A request's stop tokens plus those of the model, which end a sequence too and are banned below min_tokens.
 NUM_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
@@ -62,7 +65,7 @@ class Slots:
 class DeviceState:
     """Donated to every step and returned by it; never copied."""
 
-    kv_cache: Any  # tuple of L arrays of `cache_shape`, or one array with the layers along the block axis
+    kv_cache: Any  # tuple of L arrays in the device's `CacheFormat`, or one array with the layers along the block axis
     slots: Slots
 
 
@@ -139,10 +142,9 @@ def sampling_mode(params: SamplingParams) -> SamplingMode:
 
 
 def empty_slots(num_slots: int, max_model_len: int, vocab_size: int) -> Slots:
-    """Slots [num_slots + 1, ...] that nobody holds; the last is the sink."""
+    """Slots [num_slots + 1, ...] that nobody holds, as numpy arrays; the last is the sink."""
     row = empty_row(max_model_len, vocab_size)
-    stacked: Slots = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (num_slots + 1, *leaf.shape)), row)
-    slots: Slots = jax.tree.map(jnp.array, stacked)
+    slots: Slots = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (num_slots + 1, *leaf.shape)), row)
     return slots
 
 
@@ -154,26 +156,66 @@ def write_row(slots: Slots, slot: jax.Array, row: Slots) -> Slots:
     return written
 
 
-def cache_block_bytes(config: ModelConfig, block_size: int, dtype: str) -> int:
-    """Bytes that one block takes over all layers."""
-    elements = int(np.prod(cache_shape(1, block_size, config.num_kv_heads, config.head_dim)))
-    return config.num_layers * elements * jnp.dtype(dtype).itemsize
-
-
-def empty_kv_cache(
+def cache_block_bytes(
     config: ModelConfig,
     capabilities: Capabilities,
-    num_blocks: int,
+    cache_format: CacheFormat,
     block_size: int,
     dtype: str,
-    new_cache: NewCache,
-) -> jax.Array | tuple[jax.Array, ...]:
-    """A cache without tokens in the layout of the backend: one array with layer l's blocks from l * num_blocks on, or one per layer."""
-    bits = jnp.dtype(capabilities.cache_bits_dtype.get(dtype, dtype))
-    shape = cache_shape(num_blocks, block_size, config.num_kv_heads, config.head_dim)
-    if capabilities.scan_layers:
-        return new_cache((config.num_layers * num_blocks, *shape[1:]), bits)
-    return tuple(new_cache(shape, bits) for _ in range(config.num_layers))
+    num_devices: int,
+) -> int:
+    """Bytes that one block takes over all layers on one of the devices that share it, padding of its memory layout included."""
+    num_kv_heads = num_held_kv_heads(config, num_devices) // num_devices
+    shape = cache_format.shape(1, block_size, num_kv_heads, config.head_dim)
+    return config.num_layers * capabilities.padded_elements(shape) * jnp.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class CacheArrays:
+    """The arrays that hold an engine's cache: one, with layer l's blocks from l * num_blocks on, or one per layer."""
+
+    is_shared: bool  # by all layers
+    num_arrays: int
+    shape: tuple[int, ...]  # of one, over all devices
+    dtype: np.dtype
+    spec: PartitionSpec
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        capabilities: Capabilities,
+        cache_format: CacheFormat,
+        num_blocks: int,
+        block_size: int,
+        dtype: str,
+        num_devices: int,
+    ) -> CacheArrays:
+        """In the layout of the backend."""
+        bits = np.dtype(capabilities.cache_bits_dtype.get(dtype, dtype))
+        num_kv_heads = num_held_kv_heads(config, num_devices)
+        shape = cache_format.shape(num_blocks, block_size, num_kv_heads, config.head_dim)
+        spec = PartitionSpec(*(MODEL_AXIS if axis == cache_format.heads_axis else None for axis in range(len(shape))))
+        if capabilities.scan_layers:
+            return cls(True, 1, (config.num_layers * num_blocks, *shape[1:]), bits, spec)
+        return cls(False, config.num_layers, shape, bits, spec)
+
+    def allocate(self, cache_format: CacheFormat, mesh: Mesh) -> Any:
+        """A cache without tokens."""
+        if mesh.size == 1:
+            with jax.default_device(mesh.devices.flat[0]):
+                arrays = tuple(cache_format.allocate(self.shape, self.dtype) for _ in range(self.num_arrays))
+        else:
+            make = jax.jit(
+                lambda: cache_format.allocate(self.shape, self.dtype), out_shardings=NamedSharding(mesh, self.spec)
+            )
+            arrays = tuple(make() for _ in range(self.num_arrays))
+        return arrays[0] if self.is_shared else arrays
+
+    def abstract(self, mesh: Mesh) -> Any:
+        """What `allocate` gives, of jax.ShapeDtypeStruct."""
+        leaf = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=NamedSharding(mesh, self.spec))
+        return leaf if self.is_shared else (leaf,) * self.num_arrays
 
 
 def _bitmask(token_ids: tuple[int, ...], num_words: int) -> np.ndarray:

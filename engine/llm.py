@@ -56,7 +56,7 @@ class LLM:
         self.tokenizer = load_tokenizer_of(config)
         with show_progress() as bar:
             self._core = EngineCore(config, progress or bar, backend)
-        model_config, resolved = self._core.model.config, self._core.config
+        model_config, resolved = self._core.model, self._core.config
         self._inputs = InputProcessor(
             self.tokenizer,
             vocab_size=model_config.vocab_size,

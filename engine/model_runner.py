@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from quire.backends.base import Backend, Program, StepShape
+from quire.backends.base import Program, StepShape
 from quire.engine.compilation import CompilationCounter
-from quire.engine.device_state import DeviceState, Slots, empty_kv_cache, empty_row, empty_slots, request_row, write_row
+from quire.engine.device_state import DeviceState, Slots, empty_row, empty_slots, request_row
 from quire.engine.input_batch import BatchLayout, InputBatch, ShapeChooser
-from quire.engine.step import ModelInput, StepConfig, StepOutput, make_step
-from quire.engine.step_data import ModelRunnerOutput, SchedulerOutput, StepLimits, TokenLogprobs
+from quire.engine.planning import EnginePlan
+from quire.engine.programs import ProgramSource, build_all, on_every_device, slot_update_source, step_source
+from quire.engine.step import StepOutput
+from quire.engine.step_data import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from quire.kernels.sampling.rows import Logprobs
-from quire.models.config import ModelConfig
-
-logger = logging.getLogger(__name__)
-
-# The compiler releases the GIL and uses several cores by itself; two at once keep them busy while the third is traced.
-MAX_COMPILE_THREADS = 2
-
-
-@dataclass(frozen=True)
-class RunnerConfig:
-    """What the runner must know beside the model: sizes of the state and of the cache."""
-
-    max_num_seqs: int
-    max_model_len: int
-    num_kv_blocks: int
-    block_size: int
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -61,39 +44,24 @@ class ModelRunner:
     The device's state is donated to every program, so only the newest one is kept. Knows slots, not requests.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        params: Any,
-        backend: Backend,
-        step_config: StepConfig,
-        config: RunnerConfig,
-        limits: StepLimits,
-        shapes: Sequence[StepShape],
-    ) -> None:
-        self._model = model
+    def __init__(self, plan: EnginePlan, params: Any) -> None:
+        """Allocates the state; `params` are what `plan.placement` placed."""
+        self._plan = plan
         self._params = params
-        self._backend = backend
-        self.step_config = step_config
-        self._config = config
-        self._shapes = tuple(shapes)
-        blocks_per_row = -(-config.max_model_len // config.block_size)
-        chooser = ShapeChooser(shapes, config.block_size)
-        self._batch = InputBatch(limits, config.max_num_seqs, blocks_per_row, config.block_size, chooser)
+        resolved, shapes = plan.resolved, plan.shapes
+        blocks_per_row = -(-resolved.max_model_len // resolved.block_size)
+        chooser = ShapeChooser(shapes, resolved.block_size)
+        self._batch = InputBatch(resolved.limits, resolved.max_num_seqs, blocks_per_row, resolved.block_size, chooser)
+        self.step_config = plan.step_config
         self.programs: dict[StepShape, Program] = {}
         self._write_row: Program | None = None
         self.compilations = CompilationCounter()
         self.counters = RunnerCounters()
         self.state = DeviceState(
-            kv_cache=empty_kv_cache(
-                model,
-                backend.capabilities,
-                config.num_kv_blocks,
-                config.block_size,
-                config.dtype,
-                step_config.ops.new_cache.function,
+            kv_cache=plan.cache_arrays.allocate(plan.ops.kv_cache.function, plan.mesh),
+            slots=on_every_device(
+                empty_slots(resolved.max_num_seqs, resolved.max_model_len, plan.model.vocab_size), plan.mesh
             ),
-            slots=empty_slots(config.max_num_seqs, config.max_model_len, model.vocab_size),
         )
 
     # ---- before the first request
@@ -104,34 +72,23 @@ class ModelRunner:
         Whatever is compiled afterwards is counted and logged as a defect.
         """
         begin = time.perf_counter()
-        row = empty_row(self._config.max_model_len, self._model.vocab_size)
-        jobs: dict[StepShape | None, Any] = {None: (write_row, (self.state.slots, np.int32(0), row), (0,))}
-        for shape in self._shapes:
-            jobs[shape] = (make_step(self.step_config, shape), self.abstract_arguments(shape), (1,))
-        with ThreadPoolExecutor(min(MAX_COMPILE_THREADS, len(jobs))) as pool:
-            futures = {pool.submit(self._build, *job): shape for shape, job in jobs.items()}
-            for num_done, future in enumerate(as_completed(futures), start=1):
-                built = futures[future]
-                if built is None:
-                    self._write_row = future.result()
-                else:
-                    self.programs[built] = future.result()
-                if progress is not None:
-                    progress(num_done, len(jobs), "slot update" if built is None else built.describe())
-        self._write(self._config.max_num_seqs, row)
+        max_model_len, vocab_size = self._plan.resolved.max_model_len, self._plan.model.vocab_size
+        sources = [self.step_source(shape) for shape in self._plan.shapes]
+        slot_update = slot_update_source(self.state.slots, max_model_len, vocab_size, self._plan.mesh)
+        *programs, self._write_row = build_all(self._plan.backend, [*sources, slot_update], self._build, progress)
+        self.programs = dict(zip(self._plan.shapes, programs, strict=True))
+        self._write(self._plan.resolved.max_num_seqs, empty_row(max_model_len, vocab_size))
         jax.block_until_ready(self.state)
         self.compilations.finish_warm_up()
         return time.perf_counter() - begin
 
-    def _build(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Program:
-        abstract = jax.tree.map(_abstract, arguments)
+    def _build(self, source: ProgramSource) -> Program:
         with self.compilations.counting():
-            return self._backend.compile(self._backend.lower(program, abstract, donate))
+            return self._plan.backend.compile(source.lower(self._plan.backend))
 
-    def abstract_arguments(self, shape: StepShape) -> tuple[Any, DeviceState, ModelInput]:
-        """Shapes and dtypes of a step's parameters, state and inputs, for lowering it."""
-        params, state = jax.tree.map(_abstract, (self._params, self.state))
-        return params, state, _abstract_inputs(shape)
+    def step_source(self, shape: StepShape) -> ProgramSource:
+        """A step's program before it is compiled."""
+        return step_source(self.step_config, shape, self._params, self.state, self._plan.mesh)
 
     # ---- a step
 
@@ -139,7 +96,9 @@ class ModelRunner:
         """Launches a step; returns without waiting for it."""
         for admitted in step.admitted:
             self._batch.admit(admitted)
-            self._write(admitted.slot, request_row(admitted, self._config.max_model_len, self._model.vocab_size))
+            self._write(
+                admitted.slot, request_row(admitted, self._plan.resolved.max_model_len, self._plan.model.vocab_size)
+            )
         inputs, layout = self._batch.build(step)
         self.state, output = self.programs[layout.shape](self._params, self.state, inputs)
         jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
@@ -196,25 +155,4 @@ def _token_logprobs(logprobs: Logprobs, place: tuple[int, int], num_top: int) ->
         rank=int(logprobs.token_ranks[place]),
         top_ids=tuple(logprobs.top_ids[place][:num_top].tolist()),
         top_logprobs=tuple(logprobs.top_logprobs[place][:num_top].tolist()),
-    )
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _abstract_inputs(shape: StepShape) -> ModelInput:
-    rows, tiles, blocks = shape.decode_rows, shape.prefill_tiles, shape.context_blocks
-
-    def ints(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, np.int32)
-
-    return ModelInput(
-        decode_slots=ints(rows),
-        decode_tables=ints(rows, blocks),
-        tile_slots=ints(tiles),
-        tile_starts=ints(tiles),
-        tile_lens=ints(tiles),
-        tile_samples=jax.ShapeDtypeStruct((tiles,), np.bool_),
-        tile_tables=ints(tiles, blocks),
     )

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from quire.backends.base import Program, StepShape
 from quire.engine.block_pool import NULL_BLOCK
 from quire.engine.device_state import DeviceState, Slots
-from quire.kernels.decoder_layer.contract import RowsOfTokens, StepPlaces
 from quire.kernels.ops import Ops
+from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
 from quire.kernels.sampling.reference import compute_logprobs
 from quire.kernels.sampling.rows import Logprobs, SamplingMode, SamplingRows
 from quire.models.config import ModelConfig
 from quire.models.decoder import Attend, LayerInfo, RunLayer, compute_logits, forward, layer_spec
+from quire.models.parallel import ALONE, Parallel
 from quire.models.params import Layer
 
 
@@ -59,10 +60,11 @@ class StepConfig:
     block_size: int
     num_logprobs: int
     unroll_steps: bool
+    parallel: Parallel = ALONE
 
 
 def make_step(config: StepConfig, shape: StepShape) -> Program:
-    """The program of one shape: (params, state, inputs) -> (state, StepOutput); compile it with the state donated."""
+    """The program of one shape, for each device: (params, state, inputs) -> (state, StepOutput); compile it with the state donated."""
 
     def step(params: Any, state: DeviceState, inputs: ModelInput) -> tuple[DeviceState, StepOutput]:
         if shape.num_decode_steps == 1:
@@ -108,9 +110,16 @@ def _one_step(
     places = _places_of_step(shape, inputs, rectangles)
     attend, run_layer = _make_attend(config, places), _make_run_layer(config, places)
     hidden, kv_cache = forward(
-        params, config.model, rectangles.token_ids, rectangles.positions, state.kv_cache, attend, run_layer
+        params,
+        config.model,
+        rectangles.token_ids,
+        rectangles.positions,
+        state.kv_cache,
+        attend,
+        run_layer,
+        config.parallel,
     )  # [T, D]
-    logits = compute_logits(params, config.model, hidden[rectangles.last_token])  # [R + P, V]
+    logits = compute_logits(params, config.model, hidden[rectangles.last_token], config.parallel)  # [R + P, V]
     rows = _sampling_rows(state.slots, rectangles.slots, shape.sampling)
     num_logprobs = config.num_logprobs if shape.sampling == SamplingMode.FULL else 0
     sampled = config.ops.sample.function(logits, rows, mode=shape.sampling, num_logprobs=num_logprobs)
@@ -179,15 +188,15 @@ def _make_attend(config: StepConfig, places: StepPlaces) -> Attend:
         q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: Any, info: LayerInfo
     ) -> tuple[jax.Array, jax.Array | tuple[jax.Array, ...]]:
         cache, first_block = _layer_cache(kv_cache, info, model.num_layers)
-        blocks = places.write_blocks + first_block
-        cache = config.ops.write_kv.function(cache, k, v, blocks, places.write_offsets)
+        here = places.shifted(first_block)
+        cache = config.ops.write_kv.function(cache, k, v, here)
         outs, first = [], 0
-        for rows in places.rectangles:
+        for rows in here.rectangles:
             end = first + rows.block_tables.shape[0] * rows.width
             out = config.ops.paged_attention.function(
                 q[first:end].reshape(-1, rows.width, *q.shape[1:]),  # [rows, width, N_q, H]
                 cache,
-                rows.block_tables + first_block,
+                rows.block_tables,
                 rows.seq_lens,
                 rows.query_lens,
                 scale=model.attention_scale,
@@ -293,7 +302,9 @@ def _prompt_logprobs(
 
     def one_tile(tile: tuple[jax.Array, jax.Array]) -> Logprobs:
         hidden, targets = tile
-        return compute_logprobs(compute_logits(params, config.model, hidden), targets, config.num_logprobs)
+        return compute_logprobs(
+            compute_logits(params, config.model, hidden, config.parallel), targets, config.num_logprobs
+        )
 
     logprobs: Logprobs = jax.lax.map(one_tile, (tiles, targets))
     return logprobs

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from quire.kernels.errors import KernelUnavailableError
 
-Function = TypeVar("Function", bound=Callable[..., object])
+Function = TypeVar("Function")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class OpContext:
     num_kv_heads: int
     head_dim: int
     block_size: int
+    num_devices: int = 1
+    """That share the model; the numbers of heads are those of one of them."""
     scan_layers: bool = False
     has_experts: bool = False
     instruction_sets: frozenset[str] = frozenset()

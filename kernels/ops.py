@@ -20,7 +20,7 @@ from quire.kernels.errors import KernelUnavailableError
 from quire.kernels.linear.contract import PrepareWeight
 from quire.kernels.native import library
 from quire.kernels.op import Choice, Implementation, Op, OpContext
-from quire.kernels.paged_attention.contract import NewCache, PagedAttention, WriteKV
+from quire.kernels.paged_attention.contract import CacheFormat, PagedAttention, TokenMajor, WriteKV
 from quire.kernels.sampling.contract import Sample
 
 REFERENCE = "reference"
@@ -44,8 +44,17 @@ def _composed(*_: Any, **__: Any) -> Any:
 LINEAR: Op[PrepareWeight] = Op(
     "linear", (*_native(linear_cpu.prepare), Implementation(REFERENCE, linear_reference.prepare))
 )
-NEW_CACHE: Op[NewCache] = Op(
-    "new_cache", (*_native(attention_cpu.new_cache), Implementation(REFERENCE, attention_reference.new_cache))
+KV_CACHE: Op[CacheFormat] = Op(
+    "kv_cache",
+    (
+        *(
+            Implementation[CacheFormat](
+                f"native_{name}", attention_cpu.NativeCache(name), partial(library.refuses, name)
+            )
+            for name in library.INSTRUCTION_SETS
+        ),
+        Implementation(REFERENCE, TokenMajor()),
+    ),
 )
 WRITE_KV: Op[WriteKV] = Op(
     "write_kv", (*_native(attention_cpu.write_kv), Implementation(REFERENCE, attention_reference.write_kv))
@@ -65,7 +74,7 @@ SAMPLE: Op[Sample] = Op(
         Implementation(REFERENCE, sampling_reference.sample),
     ),
 )
-OPS: tuple[Op[Any], ...] = (LINEAR, NEW_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
+OPS: tuple[Op[Any], ...] = (LINEAR, KV_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Ops:
     """One chosen implementation per op."""
 
     linear: Choice[PrepareWeight]
-    new_cache: Choice[NewCache]
+    kv_cache: Choice[CacheFormat]
     write_kv: Choice[WriteKV]
     paged_attention: Choice[PagedAttention]
     decoder_layer: Choice[DecoderLayer]
@@ -120,7 +129,7 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
         linear = LINEAR.choose(context, REFERENCE)
     return Ops(
         linear=linear,
-        new_cache=NEW_CACHE.choose(context, wanted.get(NEW_CACHE.name)),
+        kv_cache=KV_CACHE.choose(context, wanted.get(KV_CACHE.name)),
         write_kv=WRITE_KV.choose(context, wanted.get(WRITE_KV.name)),
         paged_attention=PAGED_ATTENTION.choose(context, wanted.get(PAGED_ATTENTION.name)),
         decoder_layer=layer,

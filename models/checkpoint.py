@@ -5,9 +5,11 @@ either used or of a kind known to be needless. Files are memory-mapped; besides 
 memory holds one of them at a time.
 """
 
+from __future__ import annotations
+
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -72,33 +74,75 @@ def load_params(
 ) -> Params:
     """Loads every parameter in `dtype`, laid out as `quire.models.params` says.
 
-    `place` takes each finished host array to where it shall live. `progress(done, total)` is called after each
-    tensor read from the files. Raises CheckpointError naming all tensors that are missing, left over or
-    misshapen.
+    `place` is called within this function alone, with tensors that are read from the files as far as they are indexed.
+    `progress(done, total)` is called when a tensor was read for the first time. Raises CheckpointError naming all
+    tensors that are missing, left over or misshapen.
     """
     with _TensorFiles(Path(folder)) as files:
         _check(files, config)
-        total, done = sum(_num_reads(spec, config) for spec in param_specs(config).values()), 0
+        total = sum(_num_reads(spec, config) for spec in param_specs(config).values())
+        seen: set[str] = set()
+
+        def note(hf_name: str, spec: ParamSpec) -> None:
+            # A fused tensor is read once for each of its parts.
+            num_seen = len(seen)
+            seen.add(f"{hf_name}, {spec.name}")
+            if progress is not None and len(seen) > num_seen:
+                progress(len(seen), total)
 
         def make(spec: ParamSpec, layer: int | None) -> Any:
-            nonlocal done
-            if spec.num_experts is None and (layer is not None or not spec.is_per_layer):
-                # The file's own memory, in its own order: whoever packs it reads it there.
-                tensor = files.read(spec.hf_name.format(layer=layer), spec.rows)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                tensor = tensor if tensor.dtype == dtype else tensor.astype(dtype)
-                return place(spec, tensor.T if spec.transpose else tensor)
-            array = np.empty(spec.shape if layer is None else spec.layer_shape, dtype)
-            for hf_name, part in _parts(spec, array, layer):
-                _copy(files.read(hf_name, spec.rows), part, transpose=spec.transpose)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            return place(spec, array)
+            return place(spec, StoredTensor(files, spec, layer, np.dtype(dtype), note))
 
         return build_params(config, make, stacked=stacked)
+
+
+class StoredTensor:
+    """A parameter that is still in its files, as a `HostTensor`: indexing it reads that part and no more."""
+
+    def __init__(
+        self,
+        files: _TensorFiles,
+        spec: ParamSpec,
+        layer: int | None,
+        dtype: np.dtype,
+        note: Callable[[str, ParamSpec], None],
+    ) -> None:
+        self._files, self._spec, self._layer, self._note = files, spec, layer, note
+        self.shape = spec.shape if layer is None else spec.layer_shape
+        self.dtype = dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        spec = self._spec
+        bounds = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
+        layers = list(bounds.pop(0)) if spec.is_per_layer and self._layer is None else [self._layer]
+        experts = [None] if spec.num_experts is None else list(bounds.pop(0))
+        if len(self.shape) == len(bounds):
+            return self._read(spec.hf_name.format(layer=self._layer), bounds)
+        several = tuple(len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True))
+        out = np.empty(several, self.dtype)
+        parts = out.reshape(-1, *several[len(several) - len(bounds) :])
+        names = [spec.hf_name.format(layer=layer, expert=expert) for layer in layers for expert in experts]
+        for name, part in zip(names, parts, strict=True):
+            _copy(self._read(name, bounds), part)
+        return out
+
+    def __array__(self, dtype: Any = None, /, *, copy: bool | None = None) -> np.ndarray:
+        whole = self[tuple(slice(0, size) for size in self.shape)]
+        return whole if dtype is None else whole.astype(dtype, copy=bool(copy))
+
+    def _read(self, hf_name: str, bounds: list[range]) -> np.ndarray:
+        """A part of one of the files' tensors in the file's own memory order: whoever packs it reads it there."""
+        spec = self._spec
+        if spec.transpose:
+            bounds = bounds[::-1]
+        else:
+            bounds = list(bounds)
+        if spec.rows is not None:  # a part of a fused tensor
+            bounds[0] = range(bounds[0].start + spec.rows[0], bounds[0].stop + spec.rows[0])
+        tensor = self._files.read(hf_name, tuple(slice(part.start, part.stop) for part in bounds))
+        self._note(hf_name, spec)
+        tensor = tensor if tensor.dtype == self.dtype else tensor.astype(self.dtype)
+        return tensor.T if spec.transpose else tensor
 
 
 def save_params(
@@ -141,7 +185,7 @@ class _TensorFiles:
                 raise CheckpointError(f"{folder / file} cannot be read: {error}; download it again") from error
             self._opened |= dict.fromkeys(opened.keys(), opened)
 
-    def __enter__(self) -> "_TensorFiles":
+    def __enter__(self) -> _TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,13 +197,14 @@ class _TensorFiles:
     def dtype(self, name: str) -> str:
         return str(self._opened[name].get_slice(name).get_dtype())
 
-    def read(self, name: str, rows: tuple[int, int, int] | None) -> np.ndarray:
-        """The tensor, or those of its rows that are asked for."""
-        if rows is None:
-            tensor: np.ndarray = self._opened[name].get_tensor(name)
-        else:
-            tensor = self._opened[name].get_slice(name)[rows[0] : rows[1]]
-        return tensor
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """That part of a tensor."""
+        stored = self._opened[name].get_slice(name)
+        if all(part == slice(0, size) for part, size in zip(index, stored.get_shape(), strict=True)):
+            whole: np.ndarray = self._opened[name].get_tensor(name)
+            return whole
+        part: np.ndarray = stored[index]
+        return part
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -210,30 +255,14 @@ def _num_reads(spec: ParamSpec, config: ModelConfig) -> int:
     return (config.num_layers if spec.is_per_layer else 1) * (spec.num_experts or 1)
 
 
-def _parts(spec: ParamSpec, array: np.ndarray, layer: int | None) -> Iterator[tuple[str, np.ndarray]]:
-    """The checkpoint tensors a parameter is made of, each with the part of the parameter it fills."""
-    layers: list[tuple[int | None, np.ndarray]]
-    if not spec.is_per_layer:
-        layers = [(None, array)]
-    elif layer is not None:
-        layers = [(layer, array)]
-    else:
-        layers = [(idx, array[idx]) for idx in range(len(array))]
-    for layer_idx, part in layers:
-        if spec.num_experts is None:
-            yield spec.hf_name.format(layer=layer_idx), part
-            continue
-        for expert in range(spec.num_experts):
-            yield spec.hf_name.format(layer=layer_idx, expert=expert), part[expert]
-
-
-def _copy(source: np.ndarray, target: np.ndarray, *, transpose: bool) -> None:
-    if not transpose:
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies; a few rows of a transposed matrix at a time stay in cache, twice as fast as one copy of a large one."""
+    rows = 32
+    if source.flags.c_contiguous or source.ndim < 2:
         target[...] = source
         return
-    rows = 32  # a few rows at a time stay in cache: twice as fast as one transposed copy of a large matrix
-    for start in range(0, source.shape[0], rows):
-        target[:, start : start + rows] = source[start : start + rows].T
+    for start in range(0, source.shape[1], rows):
+        target[:, start : start + rows] = source[:, start : start + rows]
 
 
 Source = tuple[ParamSpec, int | None, int | None]

@@ -19,8 +19,9 @@ from jax import Array
 from quire.kernels.decoder_layer.contract import LayerSpec
 from quire.kernels.linear.contract import Weight, matmul
 from quire.models.config import ModelConfig
-from quire.models.layers import gated_mlp, linear, rms_norm, soft_cap
+from quire.models.layers import gated_mlp, linear, linear_of_parts, rms_norm, soft_cap
 from quire.models.moe import moe_mlp
+from quire.models.parallel import ALONE, Parallel
 from quire.models.params import Layer, Params
 from quire.models.rope import apply_rope, rope_tables
 
@@ -58,20 +59,22 @@ def forward(
     kv_cache: KVCache,
     attend: Attend,
     run_layer: RunLayer | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[Array, KVCache]:
     """Runs every layer. token_ids and positions are int32 [T]; ids out of range are clipped.
 
     Returns the hidden states after the final norm, [T, D] in the parameters' dtype, and the cache as `attend` left it.
     Layers given as a tuple run as an unrolled loop, stacked ones as one scan with the cache in its carry. With `run_layer`,
-    which needs a tuple, that op takes the place of the composition of a layer here, `attend` included.
+    which needs a tuple, that op takes the place of the composition of a layer here, `attend` included. Under `parallel` the
+    parameters, the cache and what `attend` is called with are one device's part; hidden states are whole.
     """
-    x = _embed(params["embed_tokens"], config, token_ids, params["norm"].dtype)
+    x = _embed(params["embed_tokens"], config, token_ids, params["norm"].dtype, parallel)
     tables = rope_tables(config, positions)
     if isinstance(params["layers"], tuple):
-        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend, run_layer)
+        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend, run_layer, parallel)
     else:
         assert run_layer is None, "stacked layers are scanned, not fused"
-        x, kv_cache = _scanned(params["layers"], config, x, tables, kv_cache, attend)
+        x, kv_cache = _scanned(params["layers"], config, x, tables, kv_cache, attend, parallel)
     return _norm(x, params["norm"], config), kv_cache
 
 
@@ -99,7 +102,7 @@ def layer_spec(config: ModelConfig, sliding_window: int | None) -> LayerSpec:
     )
 
 
-def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
+def compute_logits(params: Params, config: ModelConfig, hidden: Array, parallel: Parallel = ALONE) -> Array:
     """Logits float32 [R, V] of hidden states [R, D] as `forward` returns them, soft-capped where the model asks."""
     if not config.tie_word_embeddings:
         logits = matmul(hidden, params["lm_head"])
@@ -107,15 +110,21 @@ def compute_logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
         logits = jnp.einsum("rd,vd->rv", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
     else:
         logits = matmul(hidden, params["embed_tokens"])
+    if parallel.size > 1:
+        logits = parallel.gather(logits, axis=1)[:, : config.vocab_size]
     return soft_cap(logits, config.final_soft_cap)
 
 
-def _embed(table: Array | Weight, config: ModelConfig, token_ids: Array, dtype: jnp.dtype) -> Array:
+def _embed(table: Array | Weight, config: ModelConfig, token_ids: Array, dtype: jnp.dtype, parallel: Parallel) -> Array:
+    num_rows = -(-config.vocab_size // parallel.size)  # of the table, on this device
+    ids = jnp.clip(token_ids, 0, config.vocab_size - 1) - parallel.offset(num_rows)
     if isinstance(table, Array):
-        ids = jnp.clip(token_ids, 0, config.vocab_size - 1)
-        x = jnp.take(table, ids, axis=0, mode="clip")  # [T, D]
+        x = jnp.take(table, jnp.clip(ids, 0, num_rows - 1), axis=0, mode="clip")  # [T, D]
     else:  # a tied embedding that was prepared as the head it also is
-        x = table.columns(token_ids, dtype)
+        x = table.columns(ids, dtype)
+    if parallel.size > 1:  # one device has the token's row, the others add zeros
+        is_here = (ids >= 0) & (ids < num_rows)
+        x = parallel.sum(jnp.where(is_here[:, None], x, jnp.zeros_like(x)))
     if config.embedding_scale is None:
         return x
     return x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -129,20 +138,27 @@ def _unrolled(
     kv_cache: KVCache,
     attend: Attend,
     run_layer: RunLayer | None,
+    parallel: Parallel,
 ) -> tuple[Array, KVCache]:
     for layer_idx, layer in enumerate(layers):
         rope_idx = config.rope_indices[layer_idx]
         rope = (tables[0][rope_idx], tables[1][rope_idx])
         info = LayerInfo(layer_idx, config.sliding_windows[layer_idx])
         if run_layer is None:
-            x, kv_cache = _layer(layer, config, x, rope, kv_cache, attend, info)
+            x, kv_cache = _layer(layer, config, x, rope, kv_cache, attend, info, parallel)
         else:
             x, kv_cache = run_layer(layer, x, rope, kv_cache, info)
     return x, kv_cache
 
 
 def _scanned(
-    layers: Layer, config: ModelConfig, x: Array, tables: tuple[Array, Array], kv_cache: KVCache, attend: Attend
+    layers: Layer,
+    config: ModelConfig,
+    x: Array,
+    tables: tuple[Array, Array],
+    kv_cache: KVCache,
+    attend: Attend,
+    parallel: Parallel,
 ) -> tuple[Array, KVCache]:
     # What is the same for all layers stays static, so that a model without windows compiles no window.
     one_window = len(set(config.sliding_windows)) == 1
@@ -157,7 +173,7 @@ def _scanned(
         info = LayerInfo(layer_idx, config.sliding_windows[0] if one_window else window)
         rope_idx = config.rope_indices[0] if one_rope else rope
         cos, sin = (jax.lax.dynamic_index_in_dim(table, rope_idx, 0, keepdims=False) for table in tables)
-        return _layer(layer, config, x, (cos, sin), kv_cache, attend, info), None
+        return _layer(layer, config, x, (cos, sin), kv_cache, attend, info, parallel), None
 
     xs = (layers, jnp.asarray(layer_indices), jnp.asarray(windows), jnp.asarray(ropes))
     (x, kv_cache), _ = jax.lax.scan(body, (x, kv_cache), xs)
@@ -172,16 +188,19 @@ def _layer(
     kv_cache: KVCache,
     attend: Attend,
     info: LayerInfo,
+    parallel: Parallel,
 ) -> tuple[Array, KVCache]:
-    h, kv_cache = _attention(layer, config, _norm(x, layer["input_norm"], config), rope, kv_cache, attend, info)
+    h, kv_cache = _attention(
+        layer, config, _norm(x, layer["input_norm"], config), rope, kv_cache, attend, info, parallel
+    )
     if config.post_norms:
         h = _norm(h, layer["post_attention_norm"], config)
     x = x + h
     h = _norm(x, layer["pre_mlp_norm"], config)
     if config.moe is not None:
-        h = moe_mlp(h, layer, config.moe, config.activation)
+        h = moe_mlp(h, layer, config.moe, config.activation, parallel)
     else:
-        h = gated_mlp(h, layer, config.activation)
+        h = gated_mlp(h, layer, config.activation, parallel)
     if config.post_norms:
         h = _norm(h, layer["post_mlp_norm"], config)
     return x + h, kv_cache
@@ -195,17 +214,17 @@ def _attention(
     kv_cache: KVCache,
     attend: Attend,
     info: LayerInfo,
+    parallel: Parallel,
 ) -> tuple[Array, KVCache]:
     num_tokens, head_dim = x.shape[0], config.head_dim
-    q = linear(x, layer["q_proj"], layer.get("q_bias")).reshape(num_tokens, config.num_heads, head_dim)  # [T, N, H]
-    k = linear(x, layer["k_proj"], layer.get("k_bias")).reshape(num_tokens, config.num_kv_heads, head_dim)  # [T, K, H]
-    v = linear(x, layer["v_proj"], layer.get("v_bias")).reshape(num_tokens, config.num_kv_heads, head_dim)
+    q = linear(x, layer["q_proj"], layer.get("q_bias")).reshape(num_tokens, -1, head_dim)  # [T, N, H]
+    k = linear(x, layer["k_proj"], layer.get("k_bias")).reshape(num_tokens, -1, head_dim)  # [T, K, H]
+    v = linear(x, layer["v_proj"], layer.get("v_bias")).reshape(num_tokens, -1, head_dim)
     if config.qk_norm:
         q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
     out, kv_cache = attend(q, k, v, kv_cache, info)
-    out = out.reshape(num_tokens, config.num_heads * head_dim)
-    return linear(out, layer["o_proj"], layer.get("o_bias")), kv_cache
+    return linear_of_parts(out.reshape(num_tokens, -1), layer["o_proj"], layer.get("o_bias"), parallel), kv_cache
 
 
 def _norm(x: Array, weight: Array, config: ModelConfig) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from quire.kernels.linear.contract import Weight, matmul
+from quire.models.parallel import Parallel
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -33,6 +34,14 @@ def linear(x: Array, weight: Array | Weight, bias: Array | None = None) -> Array
     return y.astype(x.dtype)
 
 
+def linear_of_parts(x: Array, weight: Array | Weight, bias: Array | None, parallel: Parallel) -> Array:
+    """`linear` where each device holds some of the I inputs and their rows of the weight: partial products, then their sum."""
+    if parallel.size == 1:
+        return linear(x, weight, bias)
+    y = parallel.sum(matmul(x, weight).astype(x.dtype))
+    return y if bias is None else (y.astype(jnp.float32) + bias.astype(jnp.float32)[None, :]).astype(x.dtype)
+
+
 def rms_norm(x: Array, weight: Array, *, eps: float, unit_offset: bool) -> Array:
     """x / rms(x) · weight over the last axis (· (1 + weight) with `unit_offset`), in float32, x's dtype out.
 
@@ -52,8 +61,8 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return jnp.asarray(cap, x.dtype) * jnp.tanh(x / jnp.asarray(cap, x.dtype))
 
 
-def gated_mlp(x: Array, layer: Mapping[str, Any], activation: str) -> Array:
+def gated_mlp(x: Array, layer: Mapping[str, Any], activation: str, parallel: Parallel) -> Array:
     """down(act(gate(x)) · up(x)) for x [T, D]. Source: Shazeer 2020 (GLU variants)."""
     gate = activate(linear(x, layer["gate_proj"], layer.get("gate_bias")), activation)  # [T, F]
     up = linear(x, layer["up_proj"], layer.get("up_bias"))
-    return linear(gate * up, layer["down_proj"], layer.get("down_bias"))
+    return linear_of_parts(gate * up, layer["down_proj"], layer.get("down_bias"), parallel)

@@ -16,19 +16,20 @@ from jax import Array
 from quire.kernels.linear.contract import matmul, matmul_each
 from quire.models.config import MoeConfig
 from quire.models.layers import activate
+from quire.models.parallel import Parallel
 
 MAX_INTERMEDIATE_ELEMENTS = 2**23
 """Experts are computed in groups so that the [G, T, F] intermediate stays near this many elements."""
 
 
-def moe_mlp(x: Array, layer: Mapping[str, Any], moe: MoeConfig, activation: str) -> Array:
-    """The experts' MLPs of x [T, D], mixed by the router; x's dtype out."""
+def moe_mlp(x: Array, layer: Mapping[str, Any], moe: MoeConfig, activation: str, parallel: Parallel) -> Array:
+    """The experts' MLPs of x [T, D], mixed by the router; x's dtype out. Each device holds a part of every expert's width."""
     router_logits = matmul(x, layer["router"])  # [T, E]
     weights = routing_weights(router_logits, moe).astype(x.dtype)
     experts = (layer["experts_gate_proj"], layer["experts_up_proj"], layer["experts_down_proj"])
     group_size = _group_size(x.shape[0], moe)
     if group_size == moe.num_experts:
-        return _experts(x, weights, experts, activation).astype(x.dtype)
+        return parallel.sum(_experts(x, weights, experts, activation).astype(x.dtype))
 
     num_groups = moe.num_experts // group_size
     grouped_weights = weights.reshape(-1, num_groups, group_size).transpose(1, 0, 2)  # [E/G, T, G]
@@ -39,7 +40,7 @@ def moe_mlp(x: Array, layer: Mapping[str, Any], moe: MoeConfig, activation: str)
         return total + _experts(x, group_weights, group_experts, activation), None
 
     total, _ = jax.lax.scan(body, jnp.zeros(x.shape, jnp.float32), (grouped_weights, grouped_experts))
-    return total.astype(x.dtype)
+    return parallel.sum(total.astype(x.dtype))
 
 
 def routing_weights(router_logits: Array, moe: MoeConfig) -> Array:

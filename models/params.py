@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -221,13 +221,27 @@ def build_params(config: ModelConfig, make: Callable[[ParamSpec, int | None], An
     return params
 
 
-Place = Callable[[ParamSpec, np.ndarray], Any]
-"""Takes a parameter's host array, in any memory order, to where and how it shall be held."""
+class HostTensor(Protocol):
+    """A parameter on the host, an array or one that is still in its files: what is indexed is what is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> np.ndarray: ...
+
+    def __array__(self, dtype: Any = None, /, *, copy: bool | None = None) -> np.ndarray: ...
 
 
-def as_array(spec: ParamSpec, array: np.ndarray) -> Array:
+Place = Callable[[ParamSpec, HostTensor], Any]
+"""Takes a parameter to where and how it shall be held; arrays may come in any memory order."""
+
+
+def as_array(spec: ParamSpec, tensor: HostTensor) -> Array:
     """The plainest `Place`: an array on jax's default device."""
-    return jnp.asarray(array)
+    return jnp.asarray(np.asarray(tensor))
 
 
 def init_params(config: ModelConfig, seed: int, dtype: Any, *, stacked: bool, place: Place = as_array) -> Params:

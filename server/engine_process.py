@@ -168,9 +168,9 @@ def _ready(core: EngineCore, config: EngineConfig) -> Ready:
     resolved, capabilities = core.config, core.capabilities
     info = EngineInfo(
         model=config.model.model,
-        vocab_size=core.model.config.vocab_size,
+        vocab_size=core.model.vocab_size,
         max_model_len=resolved.max_model_len,
-        eos_token_ids=tuple(core.model.config.eos_token_ids),
+        eos_token_ids=tuple(core.model.eos_token_ids),
         block_size=resolved.block_size,
         num_kv_blocks=resolved.num_kv_blocks,
         max_num_seqs=resolved.max_num_seqs,

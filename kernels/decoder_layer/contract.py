@@ -6,12 +6,13 @@ row, P rotated dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import flax.struct
 import jax
+
+from quire.kernels.paged_attention.contract import StepPlaces
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,6 @@ class LayerSpec:
     norm_topk_prob: bool
 
 
-@flax.struct.dataclass
-class RowsOfTokens:
-    """One rectangle of a step: R rows of W tokens each, which lie one after the other in [T]."""
-
-    block_tables: Any  # [R, M] int32
-    seq_lens: Any  # [R] int32
-    query_lens: Any  # [R] int32
-    width: int = flax.struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
-
-
-@flax.struct.dataclass
-class StepPlaces:
-    """Where the tokens of a step belong; the same for every layer."""
-
-    write_blocks: Any  # [T] int32
-    write_offsets: Any  # [T] int32
-    rectangles: Sequence[RowsOfTokens]
-
-
 class DecoderLayer(Protocol):
     """`kv_cache` is donated by the caller's program and must be updated in place."""
 
@@ -76,6 +58,6 @@ class DecoderLayer(Protocol):
             weights: the layer's parameters by their names in `quire.models.params`; matrices as the linear op prepared them.
             x: [T, D], the layer's input.
             rope: cosines and sines, float32 [T, P / 2].
-            kv_cache: this layer's, as `quire.kernels.paged_attention.contract` has it.
+            kv_cache: this layer's, `TokenMajor` as `quire.kernels.paged_attention.contract` has it.
         """
         ...

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from quire.kernels.decoder_layer.contract import LayerSpec, StepPlaces
+from quire.kernels.decoder_layer.contract import LayerSpec
 from quire.kernels.native.library import FORMATS, load_library
+from quire.kernels.paged_attention.contract import StepPlaces
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # `Activation` in row_ops.h
 _ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")

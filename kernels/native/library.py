@@ -67,6 +67,8 @@ def refuses_any_model(instruction_set: str, context: OpContext) -> str | None:
 def _cannot_run(instruction_set: str, context: OpContext) -> str | None:
     if context.platform != "cpu":
         return "needs a CPU"
+    if context.num_devices > 1:
+        return "several devices share the model"
     missing = INSTRUCTION_SETS[instruction_set] - context.instruction_sets
     if missing:
         return f"the processor lacks {', '.join(sorted(missing))}"

@@ -10,15 +10,51 @@ once per rectangle, with the rectangles' reads in between, it was copied twice p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 
 
-class NewCache(Protocol):
-    """Allocates a cache that no token was written to."""
+@flax.struct.dataclass
+class RowsOfTokens:
+    """One rectangle of a step: R rows of W tokens each, which lie one after the other in [T]."""
 
-    def __call__(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    block_tables: Any  # [R, M] int32
+    seq_lens: Any  # [R] int32, tokens of the row's request up to and including this row's last real one
+    query_lens: Any  # [R] int32, real tokens of this row
+    width: int = flax.struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
+
+
+@flax.struct.dataclass
+class StepPlaces:
+    """Where the tokens of a step belong in the cache, said twice: token by token and row by row. The same for every layer."""
+
+    write_blocks: Any  # [T] int32; padding goes to the null block, any number of tokens to one place of it
+    write_offsets: Any  # [T] int32, within the block; no two real tokens share a place
+    rectangles: Sequence[RowsOfTokens]
+
+    def shifted(self, first_block: int | jax.Array) -> StepPlaces:
+        """The same places in the blocks from `first_block` on: those of one layer where all share an array."""
+        rectangles = [rows.replace(block_tables=rows.block_tables + first_block) for rows in self.rectangles]  # type: ignore[attr-defined]
+        return StepPlaces(self.write_blocks + first_block, self.write_offsets, rectangles)
+
+
+class CacheFormat(Protocol):
+    """How one array holds the keys and values of blocks. Who writes, attends and allocates must mean the same one."""
+
+    @property
+    def heads_axis(self) -> int:
+        """The axis along which key/value heads lie, key and value of one together: where devices that share a model cut it."""
+        ...
+
+    def shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """Blocks come first, so that the blocks of several layers can lie one after the other."""
+        ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """An array of the given shape; what it holds is without meaning, since nothing is read that was not written before."""
         ...
 
@@ -26,18 +62,15 @@ class NewCache(Protocol):
 class WriteKV(Protocol):
     """`kv_cache` is donated by the caller's program and must be updated in place."""
 
-    def __call__(
-        self, kv_cache: jax.Array, k_new: jax.Array, v_new: jax.Array, blocks: jax.Array, offsets: jax.Array
-    ) -> jax.Array:
+    def __call__(self, kv_cache: jax.Array, k_new: jax.Array, v_new: jax.Array, places: StepPlaces) -> jax.Array:
         """The cache with the keys and values of a step's tokens in it.
 
         Args:
-            kv_cache: [num_blocks, block_size, 2 * K, H]; heads interleaved as k0, v0, k1, v1, ... so that a slice of the
-                axis holds whole heads. Its dtype is that of the keys, or uint16 holding the bits of a bfloat16 (XLA:CPU
-                copies a bfloat16 cache when it is written, and updates a uint16 one in place).
+            kv_cache: in the implementation's `CacheFormat`; the plain one is `TokenMajor`. Its dtype is that of the keys, or
+                uint16 holding the bits of a bfloat16 (XLA:CPU copies a bfloat16 cache when it is written, and updates a
+                uint16 one in place).
             k_new, v_new: [T, K, H].
-            blocks, offsets: [T] int32, where each token goes. Padding goes to the null block, any number of tokens to one
-                place of it; no two real tokens share a place.
+            places: where each of the T tokens goes.
         """
         ...
 
@@ -76,6 +109,15 @@ class PagedAttention(Protocol):
         ...
 
 
-def cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, int, int, int]:
-    """Shape of one layer's cache; see `WriteKV` for the meaning of each axis."""
-    return (num_blocks, block_size, 2 * num_kv_heads, head_dim)
+class TokenMajor:
+    """[num_blocks, block_size, 2 * K, H]: heads interleaved as k0, v0, k1, v1, ... so that a slice of the axis holds whole heads."""
+
+    heads_axis = 2
+
+    def shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """See `CacheFormat`."""
+        return (num_blocks, block_size, 2 * num_kv_heads, head_dim)
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Zeros."""
+        return jnp.zeros(shape, dtype)

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
 from quire.kernels.native.library import load_library
+from quire.kernels.paged_attention.contract import StepPlaces, TokenMajor
 
 
-def new_cache(instruction_set: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """`contract.NewCache`: memory that takes no room before it is used, in huge pages."""
-    cache: jax.Array = _allocation(instruction_set, shape, dtype)()
-    return cache
+@dataclass(frozen=True)
+class NativeCache(TokenMajor):
+    """`TokenMajor` in memory that takes no room before it is used, in huge pages."""
+
+    instruction_set: str
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """See `contract.CacheFormat`."""
+        cache: jax.Array = _allocation(self.instruction_set, shape, dtype)()
+        return cache
 
 
 @functools.cache
@@ -30,8 +38,7 @@ def write_kv(
     kv_cache: jax.Array,
     k_new: jax.Array,
     v_new: jax.Array,
-    blocks: jax.Array,
-    offsets: jax.Array,
+    places: StepPlaces,
 ) -> jax.Array:
     """`contract.WriteKV`."""
     call = jax.ffi.ffi_call(
@@ -39,7 +46,7 @@ def write_kv(
         jax.ShapeDtypeStruct(kv_cache.shape, kv_cache.dtype),
         input_output_aliases={0: 0},
     )
-    written: jax.Array = call(kv_cache, k_new, v_new, blocks, offsets)
+    written: jax.Array = call(kv_cache, k_new, v_new, places.write_blocks, places.write_offsets)
     return written
 
 

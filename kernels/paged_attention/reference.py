@@ -5,24 +5,18 @@ R rows, W queries per row, N query heads, K key/value heads, G = N / K, H head_d
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+
+from quire.kernels.paged_attention.contract import StepPlaces
 
 # Added to the scores a query may not see. Finite, since on some devices transposes go through matrix products and 0 * inf is NaN.
 MASKED = -1.0e30
 
 
-def new_cache(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The reference of `contract.NewCache`: zeros."""
-    return jnp.zeros(shape, dtype)
-
-
-def write_kv(
-    kv_cache: jax.Array, k_new: jax.Array, v_new: jax.Array, blocks: jax.Array, offsets: jax.Array
-) -> jax.Array:
-    """The reference of `contract.WriteKV`: one scatter of whole token rows."""
+def write_kv(kv_cache: jax.Array, k_new: jax.Array, v_new: jax.Array, places: StepPlaces) -> jax.Array:
+    """The reference of `contract.WriteKV`, on a `TokenMajor` cache: one scatter of whole token rows."""
+    blocks, offsets = places.write_blocks, places.write_offsets
     num_tokens, num_kv_heads, head_dim = k_new.shape
     kv_new = jnp.stack([k_new, v_new], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)  # [T, 2K, H]
     kv_new = _to_bits(kv_new, kv_cache.dtype)

@@ -11,7 +11,6 @@ from quire.backends.base import ShapeLimits, StepShape
 from quire.backends.cpu import CpuBackend
 from quire.engine import LLM, SamplingParams
 from quire.engine.input_batch import ShapeChooser
-from quire.engine.step import make_step
 from quire.kernels.sampling.rows import SamplingMode
 from tests.engine.engines import (
     XLA_KERNELS,
@@ -114,8 +113,7 @@ def test_no_step_uses_what_neuron_lacks(scan_layers: bool) -> None:
     for shape in runner.programs:
         for sampling in (SamplingMode.GREEDY, SamplingMode.RANDOM):
             plain = replace(shape, sampling=sampling, prompt_logprobs=False)
-            arguments = runner.abstract_arguments(plain)
-            program = backend.lower(make_step(runner.step_config, plain), arguments, (1,)).as_text()
+            program = runner.step_source(plain).lower(backend).as_text()
             assert neuron_violations(program) == []
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quire.kernels.paged_attention.contract import PagedAttention, WriteKV, cache_shape
+from quire.kernels.paged_attention.contract import PagedAttention, RowsOfTokens, StepPlaces, TokenMajor, WriteKV
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     num_rows, heads = len(case.rows), (case.num_kv_heads, case.head_dim)
     blocks_per_row = max(-(-(old + new) // case.block_size) for old, new in case.rows) + 1
     num_blocks = 1 + num_rows * blocks_per_row + 2
-    cache = np.full(cache_shape(num_blocks, case.block_size, *heads), np.nan, np.float32)
+    cache = np.full(TokenMajor().shape(num_blocks, case.block_size, *heads), np.nan, np.float32)
     free = list(rng.permutation(np.arange(1, num_blocks)))
     tables = np.zeros((num_rows, blocks_per_row), np.int32)
     q = rng.normal(size=(num_rows, width, case.num_heads, case.head_dim)).astype(np.float32)
@@ -92,14 +92,18 @@ def make_problem(case: Case, seed: int = 0) -> Problem:
     return Problem(q, k, v, cache, tables, lens.sum(axis=1).astype(np.int32), lens[:, 1].copy(), histories)
 
 
-def places(case: Case, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Block and offset of every new token, [R x W]; padding goes to the null block."""
+def places(case: Case, problem: Problem) -> StepPlaces:
+    """Where every new token goes; padding goes to the null block."""
     position = (problem.seq_lens - problem.query_lens)[:, None] + np.arange(problem.q.shape[1])[None, :]
     is_real = position < problem.seq_lens[:, None]
     position = np.where(is_real, position, 0)
     blocks = np.take_along_axis(problem.tables, position // case.block_size, axis=1)
     blocks, offsets = np.where(is_real, blocks, 0), np.where(is_real, position % case.block_size, 0)
-    return blocks.reshape(-1).astype(np.int32), offsets.reshape(-1).astype(np.int32)
+    rows = RowsOfTokens(
+        *map(jnp.asarray, (problem.tables, problem.seq_lens, problem.query_lens)), width=position.shape[1]
+    )
+    flat = (jnp.asarray(x.reshape(-1).astype(np.int32)) for x in (blocks, offsets))
+    return StepPlaces(*flat, [rows])
 
 
 def expected_output(case: Case, problem: Problem, row: int, scale: float) -> np.ndarray:
@@ -131,10 +135,10 @@ class PagedAttentionConformance:
         cache = jnp.asarray(problem.cache).astype(dtype)
         if case.cache_dtype == "uint16":
             cache = jax.lax.bitcast_convert_type(cache, jnp.uint16)
-        blocks, offsets = places(case, problem)
+        where = places(case, problem)
 
         def call(q, k, v, cache):
-            cache = type(self).write_kv(cache, k, v, jnp.asarray(blocks), jnp.asarray(offsets))
+            cache = type(self).write_kv(cache, k, v, where)
             out = type(self).attention(
                 q,
                 cache,

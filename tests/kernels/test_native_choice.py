@@ -68,6 +68,7 @@ def test_a_processor_that_lacks_a_flag_is_told_which(name: str) -> None:
         ({"platform": "tpu"}, "needs a CPU"),
         ({"dtype": "float16"}, "float16 is not one of float32, bfloat16"),
         ({"scan_layers": True}, "layers are scanned"),
+        ({"num_devices": 2}, "several devices share the model"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"head_dim": 514}, "head_dim 514 is odd or above 512"),
     ],

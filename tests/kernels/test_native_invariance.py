@@ -83,9 +83,9 @@ def attention(instruction_set: str, name: str) -> Callable[..., tuple[jax.Array,
     case = ATTENTION[name]
 
     @jax.jit
-    def run(q, k, v, cache, blocks, offsets, tables, seq_lens, query_lens):
+    def run(q, k, v, cache, where, tables, seq_lens, query_lens):
         flat = (-1, *k.shape[2:])
-        cache = attention_cpu.write_kv(instruction_set, cache, k.reshape(flat), v.reshape(flat), blocks, offsets)
+        cache = attention_cpu.write_kv(instruction_set, cache, k.reshape(flat), v.reshape(flat), where)
         out = attention_cpu.paged_attention(
             instruction_set,
             q,
@@ -112,9 +112,8 @@ def attend(
         if case.dtype == "bfloat16":
             cache = jax.lax.bitcast_convert_type(cache, jnp.uint16)
     arrays = (jnp.asarray(x).astype(dtype) for x in (problem.q, problem.k, problem.v))
-    blocks, offsets = places(case, problem)
     out, cache = attention(instruction_set, case.name)(
-        *arrays, cache, blocks, offsets, problem.tables, problem.seq_lens, problem.query_lens
+        *arrays, cache, places(case, problem), problem.tables, problem.seq_lens, problem.query_lens
     )
     return bits(out), cache
 

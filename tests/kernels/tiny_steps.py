@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from quire.kernels.decoder_layer import cpu as layer_cpu
-from quire.kernels.decoder_layer.contract import RowsOfTokens, StepPlaces
 from quire.kernels.linear import cpu as linear_cpu
 from quire.kernels.linear import reference as linear_reference
-from quire.kernels.paged_attention.contract import cache_shape
+from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces, TokenMajor
 from quire.kernels.paged_attention.reference import paged_attention, write_kv
 from quire.models.config import ModelConfig
 from quire.models.decoder import LayerInfo, forward, layer_spec
@@ -94,7 +93,7 @@ class TinyModel:
     def _caches(self, lengths: tuple[int, ...]) -> tuple[jax.Array, ...]:
         """A cache per layer with random keys and values for the first tokens of each sequence, NaN everywhere else."""
         rng = np.random.default_rng(2)
-        shape = cache_shape(1 + self._tables.size, BLOCK_SIZE, self.config.num_kv_heads, self.config.head_dim)
+        shape = TokenMajor().shape(1 + self._tables.size, BLOCK_SIZE, self.config.num_kv_heads, self.config.head_dim)
         layers = []
         for _ in range(self.config.num_layers):
             layer = np.full(shape, np.nan, np.float32)
@@ -160,7 +159,7 @@ class TinyModel:
 
     def _attend(self, places: StepPlaces, q, k, v, caches, info: LayerInfo):
         idx = info.layer_idx
-        written = write_kv(caches[idx], k, v, places.write_blocks, places.write_offsets)
+        written = write_kv(caches[idx], k, v, places)
         outs, first = [], 0
         for rows in places.rectangles:
             end = first + rows.block_tables.shape[0] * rows.width

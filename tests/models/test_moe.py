@@ -7,6 +7,7 @@ import pytest
 from quire.models import moe as moe_module
 from quire.models.config import MoeConfig
 from quire.models.moe import moe_mlp, routing_weights
+from quire.models.parallel import ALONE
 from tests.models.helpers import quick_jit
 
 
@@ -47,11 +48,11 @@ def test_groups_of_experts_add_up_to_all_of_them(dtype: np.dtype, monkeypatch: p
     }
     layer = {name: jnp.asarray(rng.standard_normal(shape) / 3, dtype) for name, shape in shapes.items()}
     x = jnp.asarray(rng.standard_normal((4, 9)), dtype)
-    whole = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu"))(x)
+    whole = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu", ALONE))(x)
     assert whole.dtype == dtype
     for group_size in (1, 5):  # 5 is no divisor of 6: groups of 3
         monkeypatch.setattr(moe_module, "MAX_INTERMEDIATE_ELEMENTS", group_size * 4 * 10)
-        grouped = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu"))
+        grouped = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu", ALONE))
         assert "stablehlo.while" in grouped.lower(x).as_text(), "the experts were not grouped"
         np.testing.assert_allclose(grouped(x), whole, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)
 

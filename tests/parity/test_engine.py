@@ -54,7 +54,7 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(
         max_model_len=64,
         max_num_batched_tokens=3 + 32,
     )
-    vocab_size = llm.core.model.config.vocab_size
+    vocab_size = llm.core.model.vocab_size
     rng = np.random.default_rng(4)
     prompts = [rng.integers(3, vocab_size, n).tolist() for n in (45, 9, 50)]
     params = SamplingParams(

@@ -1,0 +1,44 @@
+"""What is known of each chip, as data: chips.json has a line for each, with its source."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device as jax counts them."""
+
+    name: str
+    device_kinds: tuple[str, ...]
+    """What jax calls it."""
+    hbm_gib: float
+    """Memory that programs may use, in GiB."""
+    hbm_gb_per_s: float
+    """Memory bandwidth, in 10^9 bytes per second."""
+    bf16_tflops: float
+    """Dense bfloat16 products, in 10^12 operations per second."""
+    source: str
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Memory in bytes."""
+        return int(self.hbm_gib * 2**30)
+
+
+@functools.cache
+def chips() -> dict[str, Chip]:
+    """Every chip by its name."""
+    entries = json.loads((Path(__file__).parent / "chips.json").read_text(encoding="utf-8"))
+    return {
+        name: Chip(name=name, **{**entry, "device_kinds": tuple(entry["device_kinds"])})
+        for name, entry in entries.items()
+    }
+
+
+def chip_of_kind(device_kind: str) -> Chip | None:
+    """The chip that jax calls `device_kind`; None for one that is not in the list."""
+    return next((chip for chip in chips().values() if device_kind in chip.device_kinds), None)

@@ -1,0 +1,122 @@
+"""The programs of an engine: what each is called with, and how one written for a single device becomes one for all that share a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from quire.backends.base import Backend, Program, StepShape
+from quire.engine.device_state import DeviceState, empty_row, write_row
+from quire.engine.step import ModelInput, StepConfig, make_step
+
+EVERYWHERE = PartitionSpec()
+
+
+@dataclass(frozen=True)
+class ProgramSource:
+    """A program that is not compiled yet. `shape` is that of a step; None is the program that gives a slot to a request."""
+
+    shape: StepShape | None
+    function: Program
+    arguments: tuple[Any, ...]
+    """Trees of jax.ShapeDtypeStruct, sharded where several devices hold them."""
+    donate: tuple[int, ...]
+
+    def lower(self, backend: Backend) -> Any:
+        """Into the compiler's input."""
+        return backend.lower(self.function, self.arguments, self.donate)
+
+    def describe(self) -> str:
+        """For people."""
+        return "slot update" if self.shape is None else self.shape.describe()
+
+
+def step_source(config: StepConfig, shape: StepShape, params: Any, state: DeviceState, mesh: Mesh) -> ProgramSource:
+    """One shape's step for a mesh, from real or abstract parameters and state."""
+    arguments = (*abstract((params, state)), abstract_inputs(shape))
+    out_specs = (specs_of(arguments[1]), EVERYWHERE)
+    return ProgramSource(shape, spread(make_step(config, shape), arguments, out_specs, mesh), arguments, (1,))
+
+
+def slot_update_source(slots: Any, max_model_len: int, vocab_size: int, mesh: Mesh) -> ProgramSource:
+    """The program that writes one request's row; slots are real or abstract."""
+    arguments = (abstract(slots), jax.ShapeDtypeStruct((), np.int32), abstract(empty_row(max_model_len, vocab_size)))
+    return ProgramSource(None, spread(write_row, arguments, specs_of(arguments[0]), mesh), arguments, (0,))
+
+
+def spread(function: Program, arguments: Sequence[Any], out_specs: Any, mesh: Mesh) -> Program:
+    """`function` as what each device of the mesh does with its part of the arguments; itself where there is one device.
+
+    Results that `out_specs` calls whole must be the same on every device: the function sees to it.
+    """
+    if mesh.size == 1:
+        return function
+    in_specs = tuple(specs_of(argument) for argument in arguments)
+    spread_over: Program = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return spread_over
+
+
+def specs_of(tree: Any) -> Any:
+    """How each leaf is cut; leaves that do not say are whole everywhere."""
+    return jax.tree.map(lambda leaf: leaf.sharding.spec if _is_named(leaf) else EVERYWHERE, tree)
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings over a mesh of the arrays of a tree."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if _is_named(leaf) else None),
+        tree,
+    )
+
+
+def _is_named(leaf: Any) -> bool:
+    return isinstance(getattr(leaf, "sharding", None), NamedSharding)
+
+
+def abstract_inputs(shape: StepShape) -> ModelInput:
+    """What the host sends for one step of this shape."""
+    rows, tiles, blocks = shape.decode_rows, shape.prefill_tiles, shape.context_blocks
+
+    def ints(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, np.int32)
+
+    return ModelInput(
+        decode_slots=ints(rows),
+        decode_tables=ints(rows, blocks),
+        tile_slots=ints(tiles),
+        tile_starts=ints(tiles),
+        tile_lens=ints(tiles),
+        tile_samples=jax.ShapeDtypeStruct((tiles,), np.bool_),
+        tile_tables=ints(tiles, blocks),
+    )
+
+
+def on_every_device(tree: Any, mesh: Mesh) -> Any:
+    """The tree's arrays on the mesh's device, or whole on each of its devices."""
+    place = mesh.devices.flat[0] if mesh.size == 1 else NamedSharding(mesh, EVERYWHERE)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, place), tree)
+
+
+def build_all(
+    backend: Backend,
+    sources: Sequence[ProgramSource],
+    build: Callable[[ProgramSource], Any],
+    progress: Callable[[int, int, str], None] | None,
+) -> list[Any]:
+    """What `build` makes of every source, in order; `progress(done, total, what)` is called after each that is done.
+
+    As many at once as the backend's compiler serves well.
+    """
+    with ThreadPoolExecutor(min(backend.capabilities.max_compile_threads, len(sources))) as pool:
+        futures = {pool.submit(build, source): source for source in sources}
+        for num_done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            if progress is not None:
+                progress(num_done, len(sources), futures[future].describe())
+    return [future.result() for future in futures]

@@ -1,0 +1,94 @@
+"""Engines on several devices, in a process of its own in which the CPU counts as eight: `python spread_engines.py CASE ...` prints JSON.
+
+The parent process is `test_tensor_parallel`; this side knows the models, and runs each alone and spread.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from quire.engine import LLM, SamplingParams
+from tests.engine.engines import XLA_KERNELS, FewShapesBackend, check_idle, tiny_folder
+
+EVEN = {"hidden_size": 40, "num_attention_heads": 8, "intermediate_size": 56, "head_dim": 8}
+# Beside the tiny Llama, whose vocabulary of 101 cannot be cut evenly: what a device's part of a model can get wrong.
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {**EVEN, "num_key_value_heads": 4},
+    "one_kv_head": {**EVEN, "num_key_value_heads": 1},
+    "two_kv_heads": {**EVEN, "num_key_value_heads": 2},
+    "biases_tied": {
+        **EVEN,
+        "architectures": ("Qwen2ForCausalLM",),
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "qk_norm_experts": {
+        **EVEN,
+        "architectures": ("Qwen3MoeForCausalLM",),
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": (),
+    },
+}
+PROMPTS = [[5, 6, 7, 8] * 9, [3, 1, 4, 1, 5], [9] * 20, [2, 7, 1, 8, 2, 8]]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=3),
+    SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, detokenize=False),
+    SamplingParams(
+        temperature=0.8,
+        top_k=20,
+        top_p=0.9,
+        seed=3,
+        max_tokens=12,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=2,
+    ),
+    SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=12, ignore_eos=True, detokenize=False),
+]
+
+
+def run(model: str, num_devices: int, *, scan_layers: bool) -> tuple[list[list[int]], list[float]]:
+    """Tokens of every request, and the first one's logprobs."""
+    backend = FewShapesBackend(scan_layers=scan_layers)
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in MODELS[model].items()}
+    llm = LLM(
+        str(tiny_folder(**changes)),
+        backend=backend,
+        load_format="dummy",
+        dtype="float32",
+        seed=5,
+        max_num_seqs=4,
+        max_model_len=64,
+        tensor_parallel_size=num_devices,
+        kernels=XLA_KERNELS if num_devices == 1 else None,
+    )
+    outputs = llm.generate([list(p) for p in PROMPTS], [replace(p) for p in PARAMS], use_tqdm=False)
+    check_idle(llm)
+    first = outputs[0].outputs[0]
+    assert first.logprobs is not None
+    logprobs = [entry[token].logprob for entry, token in zip(first.logprobs, first.token_ids, strict=True)]
+    return [output.outputs[0].token_ids for output in outputs], logprobs
+
+
+def main() -> None:
+    """Each case is MODEL:DEVICES:scanned or :unrolled."""
+    assert len(jax.devices()) == 8, "XLA_FLAGS gives the CPU eight devices"
+    found = {}
+    for case in sys.argv[1:]:
+        model, num_devices, layers = case.split(":")
+        found[case] = run(model, int(num_devices), scan_layers=layers == "scanned")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
