@@ -257,10 +257,12 @@ class Layer {
   void gate_and_up() {
     const int panels = static_cast<int>(num_panels(spec_.mlp));
     const Rows& rows = spec_.has_experts() ? routed_ : rows_;
-    team_.for_each(static_cast<int>(segments_.size()) * panels, [&](int chunk) {
-      const Segment& segment = segments_[chunk / panels];
-      for (size_t first = segment.first; first < segment.end; first += kRowBlock)
-        gate_and_up_panel(segment, rows, chunk % panels, first, std::min(kRowBlock, segment.end - first));
+    team_.for_each_run(static_cast<int>(segments_.size()) * panels, [&](int run_first, int run_end) {
+      for (int chunk = run_first; chunk < run_end; ++chunk) {
+        const Segment& segment = segments_[chunk / panels];
+        for (size_t first = segment.first; first < segment.end; first += kRowBlock)
+          gate_and_up_panel(segment, rows, chunk % panels, first, std::min(kRowBlock, segment.end - first));
+      }
     });
   }
 

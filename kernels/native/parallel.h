@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -118,6 +119,16 @@ class Team {
       pause();
       if (spins > 20000) sched_yield();  // a helper has lost its processor in the middle of a chunk
     }
+  }
+
+  // Runs body(first, end) over runs of neighbours that make up [0, count): long runs first, so that a thread reads memory in order and what
+  // it has asked for ahead is its own, short ones at the end, so that all threads finish together.
+  template <class Body>
+  void for_each_run(int count, const Body& body) {
+    std::vector<int> starts;
+    for (int first = 0; first < count; first += std::max(1, (count - first) / (2 * num_threads_))) starts.push_back(first);
+    starts.push_back(count);
+    for_each(static_cast<int>(starts.size()) - 1, [&](int run) { body(starts[run], starts[run + 1]); });
   }
 
  private:

@@ -28,14 +28,16 @@ template <class Use>
 inline void multiply(Team& team, const Rows& rows, size_t num_rows, const Matrix* const* matrices, int num_matrices, const Use& use) {
   int total = 0;
   for (int m = 0; m < num_matrices; ++m) total += static_cast<int>(num_panels(matrices[m]->n));
-  team.for_each(total, [&](int panel) {
-    int m = 0;
-    for (; panel >= static_cast<int>(num_panels(matrices[m]->n)); ++m) panel -= static_cast<int>(num_panels(matrices[m]->n));
+  team.for_each_run(total, [&](int run_first, int run_end) {
     float* sums = static_cast<float*>(scratch<1>(kRowBlock * kPanel * sizeof(float)));
-    for (size_t first = 0; first < num_rows; first += kRowBlock) {
-      const size_t count = std::min(kRowBlock, num_rows - first);
-      times_panel(from_row(rows, first, matrices[m]->row_words()), count, *matrices[m], panel, sums);
-      use(m, static_cast<size_t>(panel), first, count, sums);
+    int m = 0, before = 0;  // the matrix, and the panels of those before it
+    for (int panel = run_first; panel < run_end; ++panel) {
+      for (; panel - before >= static_cast<int>(num_panels(matrices[m]->n)); ++m) before += static_cast<int>(num_panels(matrices[m]->n));
+      for (size_t first = 0; first < num_rows; first += kRowBlock) {
+        const size_t count = std::min(kRowBlock, num_rows - first);
+        times_panel(from_row(rows, first, matrices[m]->row_words()), count, *matrices[m], panel - before, sums);
+        use(m, static_cast<size_t>(panel - before), first, count, sums);
+      }
     }
   });
 }
