@@ -12,11 +12,11 @@ import numpy as np
 
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.environment import available_memory, available_processors, cpu_flags
+from quire.backends.shapes import decode_row_sizes, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.native.library import limit_threads
 from quire.kernels.op import OpContext
 from quire.kernels.ops import Ops, choose_ops
-from quire.kernels.sampling.rows import SamplingMode
 from quire.models.config import ModelConfig
 from quire.models.parallel import MODEL_AXIS, num_held_kv_heads
 
@@ -99,7 +99,7 @@ class CpuBackend:
         full = -(-limits.max_model_len // limits.block_size)
         short = max(full // SHORT_CONTEXT_SHARE, -(-MIN_SHORT_CONTEXT // limits.block_size))
         contexts = (short, full) if 2 * short <= full and not limits.is_padding_free else (full,)
-        rows = decode_row_sizes(limits.max_num_seqs)
+        rows = _row_sizes(limits.max_num_seqs)
         step_counts = sorted({1, limits.decode_steps_per_dispatch})
         decode = [
             StepShape(r, 0, self.capabilities.tile_size, c, n) for r in rows for c in contexts for n in step_counts
@@ -121,43 +121,6 @@ class CpuBackend:
         return jax.profiler.trace(str(folder))
 
 
-def decode_row_sizes(max_num_seqs: int) -> list[int]:
-    """Row counts of the decode shapes: 1, 8, then times ROW_FACTOR, the largest exactly `max_num_seqs`."""
-    sizes = [1]
-    size = 8
-    while size < max_num_seqs:
-        sizes.append(size)
-        size *= ROW_FACTOR
-    return sizes if max_num_seqs == 1 else [*sizes, max_num_seqs]
-
-
-def with_sampling(decode: Sequence[StepShape], mixed: Sequence[StepShape], limits: ShapeLimits) -> list[StepShape]:
-    """Each shape for greedy and for plain random sampling; the full sampler, which few requests need, for the fewest that cover all."""
-    plain = [SamplingMode.GREEDY, SamplingMode.RANDOM]
-    if limits.is_random_free:
-        plain = [min(SamplingMode.RANDOM, limits.most_sampling)]
-    common = [_with(shape, mode) for shape in (*decode, *mixed) for mode in plain if mode <= limits.most_sampling]
-    if limits.most_sampling < SamplingMode.FULL:
-        return common
-    largest = max(mixed, key=lambda shape: shape.num_tokens)
-    widest = max(shape.context_blocks for shape in decode)
-    rows = {min(shape.decode_rows for shape in decode), max(shape.decode_rows for shape in decode)}
-    full = [_with(s, SamplingMode.FULL) for s in decode if s.context_blocks == widest and s.decode_rows in rows]
-    return [
-        *common,
-        *full,
-        _with(largest, SamplingMode.FULL),
-        _with(largest, SamplingMode.FULL, prompt_logprobs=True),
-    ]
-
-
-def _with(shape: StepShape, sampling: SamplingMode, *, prompt_logprobs: bool = False) -> StepShape:
-    return StepShape(
-        shape.decode_rows,
-        shape.prefill_tiles,
-        shape.tile_size,
-        shape.context_blocks,
-        shape.num_decode_steps,
-        sampling,
-        prompt_logprobs,
-    )
+def _row_sizes(max_num_seqs: int) -> list[int]:
+    """A single row is worth a program of its own; then 8 and on."""
+    return [1] if max_num_seqs == 1 else [1, *decode_row_sizes(max_num_seqs, 8, ROW_FACTOR)]

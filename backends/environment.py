@@ -83,6 +83,40 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset()
 
 
+# What Google's devices on the PCI bus are: TPUs from v2 to 7x, and not its network cards.
+_GOOGLE_VENDOR = "0x1ae0"
+_TPU_DEVICES = frozenset({"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"})
+
+
+def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether this host has TPU chips."""
+    if not devices.is_dir():
+        return False
+    return any(
+        (folder / "vendor").read_text().strip() == _GOOGLE_VENDOR
+        and (folder / "device").read_text().strip() in _TPU_DEVICES
+        for folder in devices.iterdir()
+        if (folder / "vendor").is_file()
+    )
+
+
+def prepare_tpu_compiler() -> None:
+    """Has libtpu compile without looking for chips, and in several processes at once; to be called before it is loaded.
+
+    What the user has set stays.
+    """
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
 def api_keys() -> tuple[str, ...]:
     """Keys that requests to a server must bear: $QUIRE_API_KEYS, separated by commas."""
     return _listed("QUIRE_API_KEYS")

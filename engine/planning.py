@@ -15,14 +15,14 @@ from quire.backends.base import Backend, ShapeLimits, StepShape
 from quire.engine.config import EngineConfig, ResolvedConfig, resolve, resolve_block_size, resolve_dtype
 from quire.engine.device_state import CacheArrays, DeviceState, cache_block_bytes, empty_slots
 from quire.engine.loading import WeightPlacement, planned_weight_bytes
-from quire.engine.programs import ProgramSource, abstract, slot_update_source, step_source
+from quire.engine.programs import ProgramSource, abstract_on, slot_update_source, step_source
 from quire.engine.step import StepConfig
 from quire.kernels.errors import InvalidConfigError
 from quire.kernels.ops import Ops
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import resolve_model
 from quire.models.config import ModelConfig
-from quire.models.parallel import Parallel, check_divisible
+from quire.models.parallel import Parallel, check_divisible, num_held_kv_heads
 from quire.models.registry import load_config
 
 logger = logging.getLogger(__name__)
@@ -95,10 +95,39 @@ class EnginePlan:
             self.mesh.size,
         )
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on each device."""
+        quantization = self.settings.model.quantization
+        return planned_weight_bytes(
+            self.model, self.backend.capabilities, self.resolved.dtype, quantization, self.mesh.size
+        )
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes of each device that the cache leaves to the temporary arrays of a step."""
+        gathered = 0 if self.ops.attends_in_place else self.block_bytes // self.model.num_layers
+        dtype, num_devices = self.resolved.dtype, self.mesh.size
+        return max(working_bytes(self.model, dtype, shape, num_devices, gathered) for shape in self.shapes)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of the KV cache on each device, all layers together."""
+        return cache_block_bytes(
+            self.model,
+            self.backend.capabilities,
+            self.ops.kv_cache.function,
+            self.resolved.block_size,
+            self.resolved.dtype,
+            self.mesh.size,
+        )
+
     def sources(self) -> list[ProgramSource]:
         """Every program of the engine, from abstract weights: what can be compiled on a machine that has neither them nor the device."""
         params = self.placement.abstract(stacked=self.backend.capabilities.scan_layers)
-        slots = abstract(empty_slots(self.resolved.max_num_seqs, self.resolved.max_model_len, self.model.vocab_size))
+        slots = abstract_on(
+            empty_slots(self.resolved.max_num_seqs, self.resolved.max_model_len, self.model.vocab_size), self.mesh
+        )
         state = DeviceState(self.cache_arrays.abstract(self.mesh), slots)
         steps = [step_source(self.step_config, shape, params, state, self.mesh) for shape in self.shapes]
         return [*steps, slot_update_source(slots, self.resolved.max_model_len, self.model.vocab_size, self.mesh)]
@@ -113,16 +142,41 @@ def _resolve(
     utilization = settings.cache.memory_utilization or capabilities.memory_utilization
     block_bytes = cache_block_bytes(model, capabilities, ops.kv_cache.function, block_size, dtype, num_devices)
 
-    cache_bytes = backend.kv_cache_bytes(utilization, weight_bytes)
-    if cache_bytes <= 0:
-        raise InvalidConfigError(
-            f"the weights take {weight_bytes / 2**30:.1f} GiB on each device as {dtype}, and only "
-            f"{backend.kv_cache_bytes(1.0, 0) / 2**30:.1f} GiB of it are free: spread the model over more devices "
-            "(tensor_parallel_size), hold it in fewer bits (quantization, dtype), or take a smaller one"
+    def decide(step_bytes: int) -> ResolvedConfig:
+        cache_bytes = backend.kv_cache_bytes(utilization, weight_bytes + step_bytes)
+        if cache_bytes <= 0:
+            free, needed = backend.kv_cache_bytes(1.0, 0) / 2**30, (weight_bytes + step_bytes) / 2**30
+            raise InvalidConfigError(
+                f"weights still to be read and a step's temporary arrays take {needed:.1f} GiB on each device as {dtype}, and "
+                f"{free:.1f} GiB of it are free: spread the model over more devices (tensor_parallel_size), hold it in fewer "
+                "bits (quantization, dtype), or take a smaller one"
+            )
+        return resolve(
+            settings, model, capabilities, cache_bytes=cache_bytes, block_bytes=block_bytes, block_size=block_size
         )
-    return resolve(
-        settings, model, capabilities, cache_bytes=cache_bytes, block_bytes=block_bytes, block_size=block_size
-    )
+
+    # How large steps are is decided first, and does not hang on the cache.
+    shapes = backend.step_shapes(_limits(settings, decide(0), ops))
+    gathered = 0 if ops.attends_in_place else block_bytes // model.num_layers
+    return decide(max(working_bytes(model, dtype, shape, num_devices, gathered) for shape in shapes))
+
+
+def working_bytes(model: ModelConfig, dtype: str, shape: StepShape, num_devices: int, gathered_block_bytes: int) -> int:
+    """About what a step's temporary arrays take on one device: the widest layer's activations, and the logits of all its rows.
+
+    `gathered_block_bytes` is what attention takes for each block that a row could have, where it gathers them. An
+    estimate from above: `quire compile` prints it beside what the compiler says.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    heads = model.num_heads + 2 * num_held_kv_heads(model, num_devices)
+    mlp = model.intermediate_size if model.moe is None else model.moe.intermediate_size * model.moe.num_experts
+    widths = 4 * model.hidden_size + (2 * heads * model.head_dim + 3 * mlp) // num_devices
+    logit_rows = shape.num_logit_rows + (shape.tile_size if shape.prompt_logprobs else 0)
+    # Float32 logits, gathered, and what the sampler makes of them.
+    num_logits = 2 if shape.sampling < SamplingMode.FULL else 5
+    # Gathered as they are and once more with what a row does not see taken out, beside the scores.
+    gathered = 3 * max(shape.decode_rows, shape.prefill_tiles) * shape.context_blocks * gathered_block_bytes
+    return shape.num_tokens * widths * itemsize + num_logits * logit_rows * model.vocab_size * 4 + gathered
 
 
 def _limits(settings: EngineConfig, resolved: ResolvedConfig, ops: Ops) -> ShapeLimits:

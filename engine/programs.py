@@ -39,14 +39,15 @@ class ProgramSource:
 
 def step_source(config: StepConfig, shape: StepShape, params: Any, state: DeviceState, mesh: Mesh) -> ProgramSource:
     """One shape's step for a mesh, from real or abstract parameters and state."""
-    arguments = (*abstract((params, state)), abstract_inputs(shape))
+    arguments = (*abstract((params, state)), abstract_inputs(shape, mesh))
     out_specs = (specs_of(arguments[1]), EVERYWHERE)
     return ProgramSource(shape, spread(make_step(config, shape), arguments, out_specs, mesh), arguments, (1,))
 
 
 def slot_update_source(slots: Any, max_model_len: int, vocab_size: int, mesh: Mesh) -> ProgramSource:
     """The program that writes one request's row; slots are real or abstract."""
-    arguments = (abstract(slots), jax.ShapeDtypeStruct((), np.int32), abstract(empty_row(max_model_len, vocab_size)))
+    slot = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere(mesh))
+    arguments = (abstract(slots), slot, abstract_on(empty_row(max_model_len, vocab_size), mesh))
     return ProgramSource(None, spread(write_row, arguments, specs_of(arguments[0]), mesh), arguments, (0,))
 
 
@@ -75,16 +76,27 @@ def abstract(tree: Any) -> Any:
     )
 
 
+def abstract_on(tree: Any, mesh: Mesh) -> Any:
+    """The same for arrays of the host that will be whole on every device."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere(mesh)), tree)
+
+
+def everywhere(mesh: Mesh) -> NamedSharding | None:
+    """Whole on every device; None where the devices are one, to which host arrays go by themselves."""
+    return NamedSharding(mesh, EVERYWHERE) if mesh.size > 1 else None
+
+
 def _is_named(leaf: Any) -> bool:
     return isinstance(getattr(leaf, "sharding", None), NamedSharding)
 
 
-def abstract_inputs(shape: StepShape) -> ModelInput:
+def abstract_inputs(shape: StepShape, mesh: Mesh) -> ModelInput:
     """What the host sends for one step of this shape."""
     rows, tiles, blocks = shape.decode_rows, shape.prefill_tiles, shape.context_blocks
+    sharding = everywhere(mesh)
 
     def ints(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, np.int32)
+        return jax.ShapeDtypeStruct(dims, np.int32, sharding=sharding)
 
     return ModelInput(
         decode_slots=ints(rows),
@@ -92,7 +104,7 @@ def abstract_inputs(shape: StepShape) -> ModelInput:
         tile_slots=ints(tiles),
         tile_starts=ints(tiles),
         tile_lens=ints(tiles),
-        tile_samples=jax.ShapeDtypeStruct((tiles,), np.bool_),
+        tile_samples=jax.ShapeDtypeStruct((tiles,), np.bool_, sharding=sharding),
         tile_tables=ints(tiles, blocks),
     )
 

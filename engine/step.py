@@ -21,10 +21,10 @@ from quire.engine.block_pool import NULL_BLOCK
 from quire.engine.device_state import DeviceState, Slots
 from quire.kernels.ops import Ops
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
-from quire.kernels.sampling.reference import compute_logprobs
-from quire.kernels.sampling.rows import Logprobs, SamplingMode, SamplingRows
+from quire.kernels.sampling.reference import best_of_part, compute_logprobs, first_argmax
+from quire.kernels.sampling.rows import Logprobs, SampleOutput, SamplingMode, SamplingRows
 from quire.models.config import ModelConfig
-from quire.models.decoder import Attend, LayerInfo, RunLayer, compute_logits, forward, layer_spec
+from quire.models.decoder import Attend, LayerInfo, RunLayer, compute_logits, forward, layer_spec, logits_of_part
 from quire.models.parallel import ALONE, Parallel
 from quire.models.params import Layer
 
@@ -119,15 +119,33 @@ def _one_step(
         run_layer,
         config.parallel,
     )  # [T, D]
-    logits = compute_logits(params, config.model, hidden[rectangles.last_token], config.parallel)  # [R + P, V]
     rows = _sampling_rows(state.slots, rectangles.slots, shape.sampling)
-    num_logprobs = config.num_logprobs if shape.sampling == SamplingMode.FULL else 0
-    sampled = config.ops.sample.function(logits, rows, mode=shape.sampling, num_logprobs=num_logprobs)
+    sampled = _sample(config, shape.sampling, params, hidden[rectangles.last_token], rows)
     slots = _append(state.slots, rectangles.slots, sampled.token_ids)
     prompt_logprobs = None
     if shape.prompt_logprobs:
         prompt_logprobs = _prompt_logprobs(config, shape, params, hidden, state.slots, inputs)
     return DeviceState(kv_cache, slots), StepOutput(sampled.token_ids, sampled.logprobs, prompt_logprobs)
+
+
+def _sample(
+    config: StepConfig, mode: SamplingMode, params: Any, hidden: jax.Array, rows: SamplingRows | None
+) -> SampleOutput:
+    """One token for each of the hidden states [R + P, D]."""
+    if config.parallel.size == 1 or mode == SamplingMode.FULL:
+        logits = compute_logits(params, config.model, hidden, config.parallel)  # [R + P, V]
+        num_logprobs = config.num_logprobs if mode == SamplingMode.FULL else 0
+        sampled: SampleOutput = config.ops.sample.function(logits, rows, mode=mode, num_logprobs=num_logprobs)
+        return sampled
+    # Each device looks for the best of its tokens: gathering the logits would take a good part of a decode step.
+    logits = logits_of_part(params, config.model, hidden)
+    first_token = config.parallel.offset(logits.shape[1])
+    score, token_ids = best_of_part(
+        logits, rows, mode=mode, first_token=first_token, vocab_size=config.model.vocab_size
+    )
+    scores, token_ids = (config.parallel.gather(x[:, None], axis=1) for x in (score, token_ids))  # [R + P, devices]
+    best = first_argmax(scores)
+    return SampleOutput(jnp.take_along_axis(token_ids, best[:, None], axis=1)[:, 0])
 
 
 def _lay_out(shape: StepShape, block_size: int, slots: Slots, inputs: ModelInput) -> _Rectangles:

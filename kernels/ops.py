@@ -99,9 +99,18 @@ class Ops:
         return self.fused_layer is not None
 
     @property
+    def attends_in_place(self) -> bool:
+        """Whether attention reads blocks where they lie, rather than gather all that a row could have."""
+        return self.is_padding_free or self.paged_attention.name != REFERENCE
+
+    @property
     def is_random_free(self) -> bool:
         """Whether a greedy row costs the same where others are sampled: a native sampler looks at each row by itself."""
         return self.sample.name != REFERENCE
+
+    def names(self) -> dict[str, str]:
+        """Which implementation serves each op."""
+        return {field.name: getattr(self, field.name).name for field in dataclasses.fields(self)}
 
     def describe(self) -> str:
         """One line per op: what runs, and why not something else."""

@@ -104,14 +104,18 @@ def layer_spec(config: ModelConfig, sliding_window: int | None) -> LayerSpec:
 
 def compute_logits(params: Params, config: ModelConfig, hidden: Array, parallel: Parallel = ALONE) -> Array:
     """Logits float32 [R, V] of hidden states [R, D] as `forward` returns them, soft-capped where the model asks."""
+    logits = logits_of_part(params, config, hidden)
+    return parallel.gather(logits, axis=1)[:, : config.vocab_size] if parallel.size > 1 else logits
+
+
+def logits_of_part(params: Params, config: ModelConfig, hidden: Array) -> Array:
+    """The logits [R, n] of the tokens whose part of the vocabulary this device holds, padding among them: n is V padded, over devices."""
     if not config.tie_word_embeddings:
         logits = matmul(hidden, params["lm_head"])
     elif isinstance(params["embed_tokens"], Array):
         logits = jnp.einsum("rd,vd->rv", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
     else:
         logits = matmul(hidden, params["embed_tokens"])
-    if parallel.size > 1:
-        logits = parallel.gather(logits, axis=1)[:, : config.vocab_size]
     return soft_cap(logits, config.final_soft_cap)
 
 

@@ -93,13 +93,15 @@ class Library:
         self.instruction_set = instruction_set
         path = library_path(instruction_set)
         try:
+            # Registered before there is a client, handlers that XLA refuses would take the whole CPU backend with them.
+            jax.devices("cpu")
             self._functions = ctypes.CDLL(str(path))
             for handler in HANDLERS:
                 capsule = jax.ffi.pycapsule(getattr(self._functions, handler))
                 jax.ffi.register_ffi_target(self.target(handler), capsule, platform="cpu")
         except Exception as error:  # the loader's and XLA's own words are the reason that the user gets to read
             raise KernelUnavailableError(
-                f"{path.name} cannot be loaded: {error}; was it built against another jaxlib? Install quire again"
+                f"{path.name} cannot be loaded: {error}; was it built against the headers of a newer jaxlib? Install quire again"
             ) from error
         self._functions.quire_pack.argtypes = [
             ctypes.c_void_p,

@@ -33,13 +33,36 @@ def sample(logits: jax.Array, rows: SamplingRows | None, *, mode: SamplingMode, 
     `mode` and `num_logprobs` are static. `rows` may be None in GREEDY, and must hold every field in FULL. Logprobs are
     computed only in FULL with `num_logprobs` above 0, from the logits as they came in.
     """
-    if mode == SamplingMode.GREEDY:
-        return SampleOutput(token_ids=first_argmax(logits))
-    assert rows is not None, f"{mode.name} sampling needs rows"
-    if mode == SamplingMode.RANDOM:
-        return SampleOutput(token_ids=first_argmax(_add_noise(logits / _temperature(rows)[:, None], rows)))
+    if mode < SamplingMode.FULL:
+        return SampleOutput(token_ids=first_argmax(_plain_scores(logits, rows, mode, 0)))
+    assert rows is not None, "full sampling needs rows"
     token_ids = first_argmax(_add_noise(filter_logits(logits, rows), rows))
     return SampleOutput(token_ids, compute_logprobs(logits, token_ids, num_logprobs) if num_logprobs > 0 else None)
+
+
+def best_of_part(
+    logits: jax.Array, rows: SamplingRows | None, *, mode: SamplingMode, first_token: jax.Array | int, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """What `sample`, GREEDY or RANDOM, prefers among some of the tokens.
+
+    logits [R, n] float32 are those of the tokens from `first_token` on, and padding from `vocab_size` on -> (score [R]
+    float32, token id [R] int32). The best of all parts' bests, the first of equals, is the token that `sample` gives.
+    """
+    scores = _plain_scores(logits, rows, mode, first_token)
+    ids = first_token + jnp.arange(logits.shape[1], dtype=jnp.int32)
+    scores = jnp.where((ids < vocab_size)[None, :], scores, _LOWEST)
+    best = first_argmax(scores)
+    return jnp.take_along_axis(scores, best[:, None], axis=1)[:, 0], first_token + best
+
+
+def _plain_scores(
+    logits: jax.Array, rows: SamplingRows | None, mode: SamplingMode, first_token: jax.Array | int
+) -> jax.Array:
+    """What the drawn token is the largest of, where nothing but temperature and noise is asked for; [R, n] like logits."""
+    if mode == SamplingMode.GREEDY:
+        return logits
+    assert rows is not None, "random sampling needs rows"
+    return _add_noise(logits / _temperature(rows)[:, None], rows, first_token)
 
 
 def filter_logits(logits: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -103,9 +126,13 @@ def _temperature(rows: SamplingRows) -> jax.Array:
     return jnp.where(_is_random(rows), jnp.maximum(rows.temperature, _MIN_TEMPERATURE), np.float32(1))
 
 
-def _add_noise(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Gumbel noise on the rows that are sampled: the largest of the sums is a draw from softmax(scaled)."""
-    noise = gumbel(position_key(rows.key, rows.position), jnp.arange(scaled.shape[1], dtype=jnp.int32))
+def _add_noise(scaled: jax.Array, rows: SamplingRows, first_token: jax.Array | int = 0) -> jax.Array:
+    """Gumbel noise on the rows that are sampled: the largest of the sums is a draw from softmax(scaled).
+
+    Columns are the tokens from `first_token` on.
+    """
+    ids = first_token + jnp.arange(scaled.shape[1], dtype=jnp.int32)
+    noise = gumbel(position_key(rows.key, rows.position), ids)
     return jnp.where(_is_random(rows)[:, None], scaled + noise, scaled)
 
 

@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from quire.backends.cpu import CpuBackend, decode_row_sizes
+from quire.backends.cpu import CpuBackend
+from quire.backends.environment import has_tpu
 from quire.backends.select import DEVICES, select_backend, unavailable_reason
+from quire.backends.shapes import decode_row_sizes
 from quire.engine.config import EngineConfig, resolve_block_size, resolve_dtype
 from quire.kernels.errors import BackendError, InvalidConfigError, KernelUnavailableError
 from quire.kernels.op import Implementation, Op, OpContext
@@ -36,12 +38,26 @@ def test_a_model_over_several_cpu_devices_is_refused() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 8, 9, 32, 33, 256])
-def test_row_sizes_end_at_the_most_and_grow_by_no_more_than_eight(most: int) -> None:
-    sizes = decode_row_sizes(most)
-    assert sizes[0] == 1
+def test_row_sizes_end_at_the_most_and_grow_by_no_more_than_the_factor(most: int) -> None:
+    sizes = decode_row_sizes(most, 8, 4)
+    assert sizes[0] == min(most, 8)
     assert sizes[-1] == most
     assert sizes == sorted(set(sizes))
-    assert all(after <= 8 * before for before, after in pairwise(sizes))
+    assert all(after <= 4 * before for before, after in pairwise(sizes))
+
+
+def test_chips_are_found_by_what_their_vendor_and_device_say(tmp_path) -> None:
+    def device(name: str, vendor: str, kind: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor + "\n")
+        (tmp_path / name / "device").write_text(kind + "\n")
+
+    assert not has_tpu(tmp_path / "none")
+    device("a", "0x1ae0", "0x0042")  # Google's network card
+    device("b", "0x10de", "0x0063")
+    assert not has_tpu(tmp_path)
+    device("c", "0x1ae0", "0x0063")
+    assert has_tpu(tmp_path)
 
 
 def test_the_choice_of_a_kernel_says_why_others_were_passed_over() -> None:

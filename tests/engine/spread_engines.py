@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 
+from quire.backends.base import ShapeLimits, StepShape
 from quire.engine import LLM, SamplingParams
+from quire.kernels.sampling.rows import SamplingMode
 from tests.engine.engines import XLA_KERNELS, FewShapesBackend, check_idle, tiny_folder
 
 EVEN = {"hidden_size": 40, "num_attention_heads": 8, "intermediate_size": 56, "head_dim": 8}
@@ -57,9 +59,18 @@ PARAMS = [
 ]
 
 
+class PlainShapesBackend(FewShapesBackend):
+    """Beside the shapes that cover everything, those in which each device samples among its own tokens."""
+
+    def step_shapes(self, limits: ShapeLimits) -> list[StepShape]:
+        full = list(super().step_shapes(limits))
+        modes = (SamplingMode.GREEDY, SamplingMode.RANDOM)
+        return [*full, *(replace(s, sampling=mode, prompt_logprobs=False) for s in full for mode in modes)]
+
+
 def run(model: str, num_devices: int, *, scan_layers: bool) -> tuple[list[list[int]], list[float]]:
-    """Tokens of every request, and the first one's logprobs."""
-    backend = FewShapesBackend(scan_layers=scan_layers)
+    """Tokens of every request, and the first one's logprobs; requests that ask for little run by themselves once more."""
+    backend = PlainShapesBackend(scan_layers=scan_layers)
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in MODELS[model].items()}
     llm = LLM(
         str(tiny_folder(**changes)),
@@ -73,6 +84,11 @@ def run(model: str, num_devices: int, *, scan_layers: bool) -> tuple[list[list[i
         kernels=XLA_KERNELS if num_devices == 1 else None,
     )
     outputs = llm.generate([list(p) for p in PROMPTS], [replace(p) for p in PARAMS], use_tqdm=False)
+    plain = [
+        SamplingParams(temperature=t, seed=11, max_tokens=24, ignore_eos=True, detokenize=False) for t in (0.0, 0.9)
+    ]
+    for params in plain:
+        outputs += llm.generate([list(p) for p in PROMPTS], params, use_tqdm=False)
     check_idle(llm)
     first = outputs[0].outputs[0]
     assert first.logprobs is not None

@@ -1,0 +1,165 @@
+"""TPUs: the chips of this host through jax, or a described topology of them, for which programs are compiled on a machine that has none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
+from quire.backends.chips import Chip, chip_of_kind, chips
+from quire.backends.environment import prepare_tpu_compiler
+from quire.backends.shapes import decode_row_sizes, with_sampling
+from quire.kernels.errors import BackendError
+from quire.kernels.op import OpContext
+from quire.kernels.ops import Ops, choose_ops
+from quire.models.config import ModelConfig
+from quire.models.parallel import MODEL_AXIS, num_held_kv_heads
+
+# Eight rows cost what one costs: they are one register of the vector unit, and one pass of the matrix unit.
+FEWEST_ROWS = 8
+ROW_FACTOR = 4
+TILE_SIZE = 128
+FEW_TILES = 2
+
+
+class TpuBackend:
+    """TPU chips as jax counts them. `target` names a topology to compile for, such as v5e:2x4; None is the chips of this host."""
+
+    def __init__(self, target: str | None = None) -> None:
+        """Raises BackendError where there are no TPUs, or no compiler for the target."""
+        self._is_described = target is not None
+        self._devices = _attached_devices() if target is None else _described_devices(target)
+        kind = self._devices[0].device_kind
+        found = chip_of_kind(kind)
+        if found is None:
+            raise BackendError(f"{kind!r} is a TPU that quire does not know; backends/chips.json has those it does")
+        self.chip: Chip = found
+        self.capabilities = Capabilities(
+            platform="tpu",
+            device_kind=kind,
+            mixed_batches=True,
+            dtypes=("bfloat16", "float32"),
+            default_dtype="bfloat16",
+            block_size=64,
+            block_size_multiple=16,
+            tile_size=TILE_SIZE,
+            scan_layers=True,
+            cache_bits_dtype={},
+            max_num_seqs=64,
+            default_max_model_len=8192,
+            max_prefill_tokens=1024,
+            memory_utilization=0.95,
+            max_compile_threads=4,
+            min_layout_tile=(8, 128),
+        )
+
+    @property
+    def num_devices(self) -> int:
+        """How many there are."""
+        return len(self._devices)
+
+    def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
+        if tensor_parallel_size > len(self._devices):
+            raise BackendError(
+                f"tensor_parallel_size={tensor_parallel_size} is more than the {len(self._devices)} TPU devices there are"
+            )
+        return jax.sharding.Mesh(np.array(self._devices[:tensor_parallel_size]), (MODEL_AXIS,))
+
+    def select_ops(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        block_size: int,
+        tensor_parallel_size: int,
+        wanted: dict[str, str] | None,
+    ) -> Ops:
+        context = OpContext(
+            platform="tpu",
+            device_kind=self.capabilities.device_kind,
+            dtype=dtype,
+            num_heads=config.num_heads // tensor_parallel_size,
+            num_kv_heads=num_held_kv_heads(config, tensor_parallel_size) // tensor_parallel_size,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            num_devices=tensor_parallel_size,
+            scan_layers=self.capabilities.scan_layers,
+            has_experts=config.moe is not None,
+        )
+        return choose_ops(context, wanted)
+
+    def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:
+        return int((self._free_bytes() - reserved_bytes) * memory_utilization)
+
+    def _free_bytes(self) -> int:
+        if self._is_described:
+            return self.chip.hbm_bytes
+        own = [device for device in self._devices if device.process_index == jax.process_index()]
+        readings: list[dict[str, int]] = [device.memory_stats() for device in own]
+        return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in readings)
+
+    def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
+        # One context: the kernels read the blocks that a row has, whatever its table could hold.
+        context = -(-limits.max_model_len // limits.block_size)
+        rows = decode_row_sizes(limits.max_num_seqs, FEWEST_ROWS, ROW_FACTOR)
+        steps = sorted({1, limits.decode_steps_per_dispatch})
+        decode = [StepShape(r, 0, TILE_SIZE, context, n) for r in rows for n in steps]
+        tiles = sorted({min(FEW_TILES, limits.max_prefill_tiles), limits.max_prefill_tiles})
+        mixed = [StepShape(rows[-1], p, TILE_SIZE, context) for p in tiles]
+        return with_sampling(decode, mixed, limits)
+
+    def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
+        traced = jax.jit(program, donate_argnums=tuple(donate)).trace(*arguments)
+        return traced.lower(lowering_platforms=("tpu",))
+
+    def compile(self, lowered: Any) -> Program:
+        compiled: Program = lowered.compile()
+        return compiled
+
+    def profile(self, folder: Path) -> AbstractContextManager[Any]:
+        return jax.profiler.trace(str(folder))
+
+
+def _attached_devices() -> list[Any]:
+    try:
+        return list(jax.devices("tpu"))
+    except RuntimeError as error:
+        raise BackendError(
+            f"jax finds no TPU ({error}); on a TPU VM install 'quire[tpu]', and see that no other process holds the chips"
+        ) from error
+
+
+# What libtpu wants to hear beside the name: these chips lie in three dimensions.
+_THREE_DIMENSIONAL = ("v4", "v5p", "tpu7x")
+
+
+def _described_devices(target: str) -> list[Any]:
+    """The devices of a topology such as v5e:2x4, without any of them being here."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", target)
+    if match is None or match[1] not in chips():
+        raise BackendError(
+            f"target {target!r} is not of the form CHIP:AxB, as v5e:2x4 or v4:2x2x1 is; chips: {', '.join(chips())}"
+        )
+    prepare_tpu_compiler()
+    # Nothing runs on chips here, so whatever jax computes while it traces is the CPU's.
+    jax.config.update("jax_platforms", "cpu")
+    chip, sizes = match[1], [int(size) for size in match[2].split("x")]
+    options: dict[str, Any] = {}
+    if np.prod(sizes) == 1:
+        sizes = [1, 1, 1] if chip in _THREE_DIMENSIONAL else [1, 1]
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    name = f"{chip}:{'x'.join(map(str, sizes))}"
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # libtpu and its absence raise whatever they like
+        raise BackendError(
+            f"no TPU compiler for {target}: {error}; it is in libtpu, which 'quire[tpu]' installs on Linux, and takes "
+            "v5e and v6e as 1x1, 1x2, 2x2, 2x4, 4x4, and v4, v5p and tpu7x as 1x1x1 or 2x2x1"
+        ) from error
+    return list(topology.devices)
