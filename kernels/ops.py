@@ -13,6 +13,7 @@ import quire.kernels.linear.cpu as linear_cpu
 import quire.kernels.linear.reference as linear_reference
 import quire.kernels.paged_attention.cpu as attention_cpu
 import quire.kernels.paged_attention.reference as attention_reference
+import quire.kernels.paged_attention.tpu as attention_tpu
 import quire.kernels.sampling.cpu as sampling_cpu
 import quire.kernels.sampling.reference as sampling_reference
 from quire.kernels.decoder_layer.contract import DecoderLayer
@@ -25,6 +26,7 @@ from quire.kernels.sampling.contract import Sample
 
 REFERENCE = "reference"
 COMPOSED = "composed"
+PALLAS_TPU = "pallas_tpu"
 
 
 def _native(
@@ -53,15 +55,25 @@ KV_CACHE: Op[CacheFormat] = Op(
             )
             for name in library.INSTRUCTION_SETS
         ),
+        Implementation[CacheFormat](PALLAS_TPU, attention_tpu.HeadMajor(), attention_tpu.refuses),
         Implementation(REFERENCE, TokenMajor()),
     ),
 )
 WRITE_KV: Op[WriteKV] = Op(
-    "write_kv", (*_native(attention_cpu.write_kv), Implementation(REFERENCE, attention_reference.write_kv))
+    "write_kv",
+    (
+        *_native(attention_cpu.write_kv),
+        Implementation(PALLAS_TPU, attention_tpu.write_kv, attention_tpu.refuses),
+        Implementation(REFERENCE, attention_reference.write_kv),
+    ),
 )
 PAGED_ATTENTION: Op[PagedAttention] = Op(
     "paged_attention",
-    (*_native(attention_cpu.paged_attention), Implementation(REFERENCE, attention_reference.paged_attention)),
+    (
+        *_native(attention_cpu.paged_attention),
+        Implementation(PALLAS_TPU, attention_tpu.paged_attention, attention_tpu.refuses),
+        Implementation(REFERENCE, attention_reference.paged_attention),
+    ),
 )
 DECODER_LAYER: Op[DecoderLayer] = Op(
     "decoder_layer",
@@ -75,6 +87,10 @@ SAMPLE: Op[Sample] = Op(
     ),
 )
 OPS: tuple[Op[Any], ...] = (LINEAR, KV_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
+
+
+CACHE_OPS: tuple[Op[Any], ...] = (KV_CACHE, WRITE_KV, PAGED_ATTENTION)
+"""Those that must mean the same format of the cache: `HeadMajor` for pallas_tpu, `TokenMajor` for all others."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +152,40 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
         if LINEAR.name in wanted:
             raise KernelUnavailableError(f"linear={linear.name} packs experts, which need a native decoder_layer too")
         linear = LINEAR.choose(context, REFERENCE)
+    kv_cache, write_kv, paged_attention = _choose_cache_ops(context, wanted)
     return Ops(
         linear=linear,
-        kv_cache=KV_CACHE.choose(context, wanted.get(KV_CACHE.name)),
-        write_kv=WRITE_KV.choose(context, wanted.get(WRITE_KV.name)),
-        paged_attention=PAGED_ATTENTION.choose(context, wanted.get(PAGED_ATTENTION.name)),
+        kv_cache=kv_cache,
+        write_kv=write_kv,
+        paged_attention=paged_attention,
         decoder_layer=layer,
         sample=SAMPLE.choose(context, wanted.get(SAMPLE.name)),
+    )
+
+
+def _choose_cache_ops(context: OpContext, wanted: dict[str, str]) -> list[Choice[Any]]:
+    """One implementation of each of `CACHE_OPS`, all of one format: what was asked for by name decides which."""
+    chosen = [op.choose(context, wanted.get(op.name)) for op in CACHE_OPS]
+    if len({choice.name == PALLAS_TPU for choice in chosen}) == 1:
+        return chosen
+    asked = {op.name: wanted[op.name] for op in CACHE_OPS if op.name in wanted}
+    named = ", ".join(f"{op}={name}" for op, name in asked.items())
+    if len({name == PALLAS_TPU for name in asked.values()}) > 1:
+        raise KernelUnavailableError(f"{named}: they hold keys and values in different formats")
+    if PALLAS_TPU in asked.values():
+        return [op.choose(context, PALLAS_TPU) for op in CACHE_OPS]
+    reason = f"{named} holds keys and values in another format"
+    return [_without(op, PALLAS_TPU, reason).choose(context, wanted.get(op.name)) for op in CACHE_OPS]
+
+
+def _without(op: Op[Any], name: str, reason: str) -> Op[Any]:
+    """The op with one of its implementations refusing everything."""
+    return Op(
+        op.name,
+        tuple(
+            dataclasses.replace(implementation, refuses=lambda _: reason)
+            if implementation.name == name
+            else implementation
+            for implementation in op.implementations
+        ),
     )

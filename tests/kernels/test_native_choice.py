@@ -30,7 +30,8 @@ def test_without_libraries_the_reference_serves_and_says_how_to_get_them(folder:
     }
     assert ops.fused_layer is None
     for name in NATIVE_OPS:
-        assert dict(getattr(ops, name).passed_over).keys() == {f"native_{kind}" for kind in library.INSTRUCTION_SETS}
+        passed_over = {kind for kind, _ in getattr(ops, name).passed_over if kind.startswith("native_")}
+        assert passed_over == {f"native_{kind}" for kind in library.INSTRUCTION_SETS}
     for line in ops.describe().splitlines():
         if line.split(":")[0] in NATIVE_OPS:
             for kind in library.INSTRUCTION_SETS:

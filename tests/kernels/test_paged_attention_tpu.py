@@ -1,0 +1,217 @@
+"""The Pallas kernels pass the suite of paged attention, run on the CPU by Pallas's interpreter of TPU kernels.
+
+It emulates the copies between memories and their semaphores, carries a copy out as late as the kernel allows, fills fresh memory with
+NaN and reports races. Beside the suite's own cases: what a kernel that works on tiles of keys, groups of tokens and lanes could get
+wrong. test_tpu_compile.py has the same sources compiled for real chips.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from quire.kernels.errors import KernelUnavailableError
+from quire.kernels.op import OpContext
+from quire.kernels.ops import PALLAS_TPU, REFERENCE, choose_ops
+from quire.kernels.paged_attention import tpu
+from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
+from quire.kernels.paged_attention.tpu_attention import Tuning, tunings
+from quire.kernels.paged_attention.tpu_format import key_lanes, parts_of_rows
+from tests.kernels.paged_attention_suite import Case, PagedAttentionConformance, make_problem
+
+SMALL_TILES = Tuning(keys_per_tile=128, num_buffers=3, buffer_mib=1, queries_per_product=16, vmem_limit_mib=32)
+"""So that short rows have several tiles, and a few queries several parts."""
+CONTEXT = OpContext("tpu", "TPU v5 lite", "bfloat16", num_heads=4, num_kv_heads=2, head_dim=64, block_size=16)
+LONG = (
+    (300, 3),
+    (0, 0),
+    (127, 1),
+    (128, 2),
+    (255, 3),
+    (5, 0),
+    (0, 70),
+)  # beyond, up to, at and across ends of tiles; padding between
+BF16 = {"dtype": "bfloat16"}
+
+CASES = [
+    Case("several_tiles", LONG, block_size=16),
+    Case("several_tiles_bfloat16", LONG, block_size=16, **BF16),
+    Case("several_tiles_of_short_rows", ((3, 1), (0, 1), (0, 0), (0, 0), (15, 1), (140, 1), (0, 1)), block_size=16),
+    Case("head_dim_64", ((140, 2), (5, 1)), head_dim=64, block_size=32, **BF16),
+    Case("head_dim_80", ((140, 2), (5, 1)), head_dim=80, block_size=32, **BF16),
+    Case("head_dim_96_group_of_3", ((140, 2), (5, 1)), head_dim=96, num_heads=6, block_size=64),
+    Case("head_dim_128_group_of_4", ((140, 1), (5, 1)), head_dim=128, num_heads=8, block_size=16, **BF16),
+    Case("head_dim_256_group_of_8", ((140, 1), (5, 1)), head_dim=256, num_heads=8, num_kv_heads=1, **BF16),
+    Case("blocks_of_128", ((140, 3), (5, 1)), block_size=128, **BF16),
+    Case("blocks_of_24", ((140, 3), (5, 1)), block_size=24),
+    Case("width_8", ((130, 8), (62, 8), (0, 8)), block_size=16, **BF16),
+    Case("many_kv_heads", ((20, 2),), num_heads=20, num_kv_heads=20, **BF16),
+    Case("window_over_tiles", LONG, block_size=16, sliding_window=130),
+    Case("window_within_a_tile", LONG, block_size=16, sliding_window=5, **BF16),
+    Case("window_and_soft_cap_over_tiles", LONG, block_size=16, sliding_window=129, soft_cap=3.0),
+]
+MORE_CASES = [
+    *(
+        Case(f"head_dim_{h}_{dtype}", ((140, 2), (5, 1)), head_dim=h, block_size=16, dtype=dtype)
+        for h in (8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 136, 192, 256)
+        for dtype in ("float32", "bfloat16")
+    ),
+    *(Case(f"group_of_{g}", ((140, 2), (0, 5)), num_heads=2 * g, block_size=16, **BF16) for g in (1, 2, 3, 4, 5, 8)),
+    *(Case(f"width_{w}", ((130, w), (62, w), (0, w)), block_size=16, **BF16) for w in range(1, 9)),
+    *(Case(f"blocks_of_{b}", LONG, block_size=b, **BF16) for b in (8, 16, 32, 48, 64, 128)),
+    *(Case(f"window_of_{s}", LONG, block_size=16, sliding_window=s) for s in (1, 63, 127, 128, 129, 256)),
+]
+
+
+class PallasConformance(PagedAttentionConformance):
+    """The suite on a `HeadMajor` cache; a subclass says how kernels are interpreted."""
+
+    writes_padding = False
+
+    def refuses(self, case: Case) -> str | None:
+        if case.cache_dtype is not None:
+            return f"a cache of {case.cache_dtype} is for the CPU"
+        return tpu.refuses(
+            replace(
+                CONTEXT,
+                dtype=case.dtype,
+                num_heads=case.num_heads,
+                num_kv_heads=case.num_kv_heads,
+                head_dim=case.head_dim,
+                block_size=case.block_size,
+            )
+        )
+
+    def to_format(self, token_major: np.ndarray) -> np.ndarray:
+        num_blocks, block_size, num_heads_twice, head_dim = token_major.shape
+        shape = tpu.HeadMajor().shape(num_blocks, block_size, num_heads_twice // 2, head_dim)
+        is_written = np.isfinite(token_major[:, :, ::2, :1]).transpose(0, 2, 1, 3)
+        cache = np.where(np.broadcast_to(is_written, shape), np.float32(0), np.float32(np.nan))
+        for half in range(2):
+            cache[..., half * key_lanes(head_dim) :][..., :head_dim] = token_major[:, :, half::2].transpose(0, 2, 1, 3)
+        return cache
+
+    def to_token_major(self, cache: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        token_major = np.empty(shape, np.float32)
+        for half in range(2):
+            part = cache[..., half * (cache.shape[3] // 2) :][..., : shape[3]]
+            token_major[:, :, half::2] = part.transpose(0, 2, 1, 3)
+        return token_major
+
+
+def _interpreted(params: Any, tuning: Tuning = SMALL_TILES) -> dict[str, Any]:
+    return {
+        "write_kv": staticmethod(partial(tpu.write_kv, interpret=params)),
+        "attention": staticmethod(partial(tpu.paged_attention, interpret=params, tuning=tuning)),
+    }
+
+
+class TestPallas(PallasConformance):
+    """With the emulation of copies, and every access looked at for races."""
+
+    locals().update(_interpreted(pltpu.InterpretParams(detect_races=True)))
+
+    @pytest.fixture(autouse=True)
+    def _nothing_to_report(self, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+        """The interpreter prints what races it finds, and semaphores that are left with a count, and goes on."""
+        yield
+        printed = capfd.readouterr().out
+        assert "RACE" not in printed, printed
+        assert "non-zero count" not in printed, printed
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_attends_right_where_tiles_groups_and_lanes_end(self, case: Case) -> None:
+        self.test_attends_to_the_rows_history_and_writes_only_the_new_tokens(case)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("case", MORE_CASES, ids=lambda case: case.name)
+    def test_attends_right_with_every_shape(self, case: Case) -> None:
+        self.test_attends_to_the_rows_history_and_writes_only_the_new_tokens(case)
+
+
+def _places(rows: RowsOfTokens) -> StepPlaces:
+    return StepPlaces(None, None, [rows])
+
+
+def test_rows_that_share_a_group_of_tokens_write_it_once_and_whole() -> None:
+    """A prompt cut at tokens that are no multiple of a group, in tiles shorter than one: three rows meet in the same 8 tokens."""
+    rng = np.random.default_rng(0)
+    lens, width = (3, 2, 2, 0, 4, 4), 4  # rows 0 to 2 and 4 to 5 are neighbours; row 3 is padding in between
+    ends = np.cumsum(lens) + 1
+    rows = RowsOfTokens(
+        jnp.asarray(np.tile([[2, 1, 3]], (6, 1)), jnp.int32),
+        jnp.asarray(ends, jnp.int32),
+        jnp.asarray(lens, jnp.int32),
+        width,
+    )
+    cache = rng.normal(size=(4, 2, 8, 128)).astype(np.float32)
+    k, v = (rng.normal(size=(6 * width, 2, 64)).astype(np.float32) for _ in range(2))
+    expected = cache.copy()
+    for row, (length, end) in enumerate(zip(lens, ends, strict=True)):
+        for w in range(length):
+            position, token = end - length + w, row * width + w
+            block = (2, 1, 3)[position // 8]
+            expected[block, :, position % 8] = np.concatenate([k[token], v[token]], axis=1)
+    params = pltpu.InterpretParams(detect_races=True)
+    written = tpu.write_kv(*map(jnp.asarray, (cache, k, v)), _places(rows), interpret=params)
+    np.testing.assert_array_equal(written, expected)
+
+
+def test_a_window_given_as_an_array_equals_the_static_one() -> None:
+    case = Case("window", ((140, 3), (20, 1)), block_size=16)
+    problem = make_problem(case)
+    cache = TestPallas().to_format(np.nan_to_num(problem.cache))
+    arrays = [jnp.asarray(x) for x in (problem.q, cache, problem.tables, problem.seq_lens, problem.query_lens)]
+    attention = partial(tpu.paged_attention, *arrays, scale=0.25, tuning=SMALL_TILES, interpret=True)
+    np.testing.assert_array_equal(attention(sliding_window=5), attention(sliding_window=jnp.int32(5)))
+
+
+def test_rows_whose_block_tables_are_too_large_for_scalar_memory_go_into_several_calls() -> None:
+    assert parts_of_rows(64, 2048) == [slice(0, 64)]
+    assert parts_of_rows(64, 8192) == [slice(first, first + 16) for first in (0, 16, 32, 48)]
+    assert parts_of_rows(3, 10**6) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"platform": "neuron"}, "needs a TPU"),
+        ({"dtype": "float16"}, "float16"),
+        ({"block_size": 20}, "block size that is a multiple of 8, not 20"),
+        ({"head_dim": 264}, "head_dim"),
+        ({"head_dim": 20}, "head_dim"),
+    ],
+)
+def test_a_context_that_the_kernels_cannot_serve_gets_the_reference_and_the_reason(change: Any, reason: str) -> None:
+    ops = choose_ops(replace(CONTEXT, **change))
+    for choice in (ops.kv_cache, ops.write_kv, ops.paged_attention):
+        assert choice.name == REFERENCE
+        assert reason in dict(choice.passed_over)[PALLAS_TPU]
+
+
+def test_on_a_tpu_the_kernels_are_chosen_together() -> None:
+    ops = choose_ops(CONTEXT)
+    assert {ops.kv_cache.name, ops.write_kv.name, ops.paged_attention.name} == {PALLAS_TPU}
+
+
+@pytest.mark.parametrize("op", ["kv_cache", "write_kv", "paged_attention"])
+def test_one_op_asked_for_by_name_brings_the_others_to_its_format(op: str) -> None:
+    ops = choose_ops(CONTEXT, {op: REFERENCE})
+    others = [choice for choice in (ops.kv_cache, ops.write_kv, ops.paged_attention) if choice.op != op]
+    for choice in others:
+        assert choice.name == REFERENCE
+        assert f"{op}=reference holds keys and values in another format" in choice.describe()
+    with pytest.raises(KernelUnavailableError, match="different formats"):
+        choose_ops(CONTEXT, {op: REFERENCE, others[0].op: PALLAS_TPU})
+    with pytest.raises(KernelUnavailableError, match="needs a TPU"):
+        choose_ops(replace(CONTEXT, platform="cpu"), {op: PALLAS_TPU})
+
+
+def test_the_tuning_of_every_chip_can_be_read() -> None:
+    assert "default" in tunings()
+    assert all(tuning.keys_per_tile % 128 == 0 and tuning.num_buffers >= 2 for tuning in tunings().values())
