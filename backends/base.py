@@ -144,6 +144,7 @@ class Backend(Protocol):
         self,
         config: ModelConfig,
         dtype: str,
+        quantization: str,
         block_size: int,
         tensor_parallel_size: int,
         wanted: dict[str, str] | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class TpuBackend:
         self,
         config: ModelConfig,
         dtype: str,
+        quantization: str,
         block_size: int,
         tensor_parallel_size: int,
         wanted: dict[str, str] | None,
@@ -84,6 +85,7 @@ class TpuBackend:
             platform="tpu",
             device_kind=self.capabilities.device_kind,
             dtype=dtype,
+            quantization=quantization,
             num_heads=config.num_heads // tensor_parallel_size,
             num_kv_heads=num_held_kv_heads(config, tensor_parallel_size) // tensor_parallel_size,
             head_dim=config.head_dim,
@@ -115,8 +117,23 @@ class TpuBackend:
         return with_sampling(decode, mixed, limits)
 
     def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
-        traced = jax.jit(program, donate_argnums=tuple(donate)).trace(*arguments)
-        return traced.lower(lowering_platforms=("tpu",))
+        with self._kernel_target():
+            traced = jax.jit(program, donate_argnums=tuple(donate)).trace(*arguments)
+            return traced.lower(lowering_platforms=("tpu",))
+
+    def _kernel_target(self) -> AbstractContextManager[Any]:
+        """Tells Pallas which chip it writes kernels for, where that is not the chip that the process runs on.
+
+        Under a shard_map it reads that from the mesh; a program for one device has none.
+        """
+        if not self._is_described:
+            return nullcontext()
+        sharding: Any = jax.sharding  # the oldest jax that quire runs on lacks both names
+        kind = sharding.AbstractDevice(self.capabilities.device_kind, self._devices[0].num_cores, "tpu")
+        context: AbstractContextManager[Any] = sharding.use_abstract_mesh(
+            sharding.AbstractMesh((), (), abstract_device=kind)
+        )
+        return context
 
     def compile(self, lowered: Any) -> Program:
         compiled: Program = lowered.compile()
@@ -145,6 +162,10 @@ def _described_devices(target: str) -> list[Any]:
     if match is None or match[1] not in chips():
         raise BackendError(
             f"target {target!r} is not of the form CHIP:AxB, as v5e:2x4 or v4:2x2x1 is; chips: {', '.join(chips())}"
+        )
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        raise BackendError(
+            f"compiling for chips that are not here needs a newer jax than {jax.__version__}; pip install -U jax"
         )
     prepare_tpu_compiler()
     # Nothing runs on chips here, so whatever jax computes while it traces is the CPU's.

@@ -93,7 +93,7 @@ class WeightPlacement:
         return jax.ShapeDtypeStruct(held, dtype, sharding=self._sharding(spec, len(shape)))
 
     def _sharding(self, spec: ParamSpec, num_axes: int) -> NamedSharding:
-        return NamedSharding(self.mesh, partition(spec, num_axes))
+        return NamedSharding(self.mesh, partition(spec, self.model, self.mesh.size, num_axes))
 
 
 def planned_weight_bytes(
@@ -103,7 +103,7 @@ def planned_weight_bytes(
     total = 0
     for spec in param_specs(model).values():
         held = held_shape(spec, model, num_devices, spec.shape)
-        cut = [axis is not None for axis in partition(spec, len(held))]
+        cut = [axis is not None for axis in partition(spec, model, num_devices, len(held))]
         local = tuple(size // num_devices if is_cut else size for size, is_cut in zip(held, cut, strict=True))
         is_quantized = quantization == "int8" and spec.is_product_weight(model) and spec.key != "router"
         itemsize = 1 if is_quantized else jnp.dtype(dtype).itemsize

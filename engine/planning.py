@@ -49,7 +49,8 @@ class EnginePlan:
         check_divisible(model, mesh.size)
         capabilities = backend.capabilities
         dtype, block_size = resolve_dtype(settings, model, capabilities), resolve_block_size(settings, capabilities)
-        ops = backend.select_ops(model, dtype, block_size, mesh.size, _wanted_kernels(settings.device.kernels))
+        wanted = _wanted_kernels(settings.device.kernels)
+        ops = backend.select_ops(model, dtype, settings.model.quantization, block_size, mesh.size, wanted)
         logger.info("kernels: %s", ops.describe().replace("\n", ", "))
         weights = planned_weight_bytes(model, capabilities, dtype, settings.model.quantization, mesh.size)
         resolved = _resolve(settings, model, backend, ops, weights)

@@ -118,6 +118,7 @@ def _one_step(
         attend,
         run_layer,
         config.parallel,
+        config.ops.experts.function,
     )  # [T, D]
     rows = _sampling_rows(state.slots, rectangles.slots, shape.sampling)
     sampled = _sample(config, shape.sampling, params, hidden[rectangles.last_token], rows)

@@ -29,6 +29,7 @@ class OpContext:
     block_size: int
     num_devices: int = 1
     """That share the model; the numbers of heads are those of one of them."""
+    quantization: str = "none"
     scan_layers: bool = False
     has_experts: bool = False
     instruction_sets: frozenset[str] = frozenset()

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 import quire.kernels.decoder_layer.cpu as decoder_layer_cpu
+import quire.kernels.experts.grouped as experts_grouped
+import quire.kernels.experts.reference as experts_reference
 import quire.kernels.linear.cpu as linear_cpu
 import quire.kernels.linear.reference as linear_reference
 import quire.kernels.paged_attention.cpu as attention_cpu
@@ -18,6 +20,7 @@ import quire.kernels.sampling.cpu as sampling_cpu
 import quire.kernels.sampling.reference as sampling_reference
 from quire.kernels.decoder_layer.contract import DecoderLayer
 from quire.kernels.errors import KernelUnavailableError
+from quire.kernels.experts.contract import RunExperts
 from quire.kernels.linear.contract import PrepareWeight
 from quire.kernels.native import library
 from quire.kernels.op import Choice, Implementation, Op, OpContext
@@ -79,6 +82,13 @@ DECODER_LAYER: Op[DecoderLayer] = Op(
     "decoder_layer",
     (*_native(decoder_layer_cpu.decoder_layer), Implementation(COMPOSED, _composed)),
 )
+EXPERTS: Op[RunExperts] = Op(
+    "experts",
+    (
+        Implementation("grouped", experts_grouped.run_experts, experts_grouped.refuses),
+        Implementation(REFERENCE, experts_reference.run_experts),
+    ),
+)
 SAMPLE: Op[Sample] = Op(
     "sample",
     (
@@ -86,7 +96,7 @@ SAMPLE: Op[Sample] = Op(
         Implementation(REFERENCE, sampling_reference.sample),
     ),
 )
-OPS: tuple[Op[Any], ...] = (LINEAR, KV_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, SAMPLE)
+OPS: tuple[Op[Any], ...] = (LINEAR, KV_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, EXPERTS, SAMPLE)
 
 
 CACHE_OPS: tuple[Op[Any], ...] = (KV_CACHE, WRITE_KV, PAGED_ATTENTION)
@@ -102,6 +112,7 @@ class Ops:
     write_kv: Choice[WriteKV]
     paged_attention: Choice[PagedAttention]
     decoder_layer: Choice[DecoderLayer]
+    experts: Choice[RunExperts]
     sample: Choice[Sample]
 
     @property
@@ -159,6 +170,7 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
         write_kv=write_kv,
         paged_attention=paged_attention,
         decoder_layer=layer,
+        experts=EXPERTS.choose(context, wanted.get(EXPERTS.name)),
         sample=SAMPLE.choose(context, wanted.get(SAMPLE.name)),
     )
 

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import quire.kernels.experts.reference as experts_reference
 from quire.kernels.decoder_layer.contract import LayerSpec
+from quire.kernels.experts.contract import RunExperts
 from quire.kernels.linear.contract import Weight, matmul
 from quire.models.config import ModelConfig
 from quire.models.layers import gated_mlp, linear, linear_of_parts, rms_norm, soft_cap
@@ -60,6 +62,7 @@ def forward(
     attend: Attend,
     run_layer: RunLayer | None = None,
     parallel: Parallel = ALONE,
+    run_experts: RunExperts = experts_reference.run_experts,
 ) -> tuple[Array, KVCache]:
     """Runs every layer. token_ids and positions are int32 [T]; ids out of range are clipped.
 
@@ -71,10 +74,10 @@ def forward(
     x = _embed(params["embed_tokens"], config, token_ids, params["norm"].dtype, parallel)
     tables = rope_tables(config, positions)
     if isinstance(params["layers"], tuple):
-        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend, run_layer, parallel)
+        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend, run_layer, parallel, run_experts)
     else:
         assert run_layer is None, "stacked layers are scanned, not fused"
-        x, kv_cache = _scanned(params["layers"], config, x, tables, kv_cache, attend, parallel)
+        x, kv_cache = _scanned(params["layers"], config, x, tables, kv_cache, attend, parallel, run_experts)
     return _norm(x, params["norm"], config), kv_cache
 
 
@@ -143,13 +146,14 @@ def _unrolled(
     attend: Attend,
     run_layer: RunLayer | None,
     parallel: Parallel,
+    run_experts: RunExperts,
 ) -> tuple[Array, KVCache]:
     for layer_idx, layer in enumerate(layers):
         rope_idx = config.rope_indices[layer_idx]
         rope = (tables[0][rope_idx], tables[1][rope_idx])
         info = LayerInfo(layer_idx, config.sliding_windows[layer_idx])
         if run_layer is None:
-            x, kv_cache = _layer(layer, config, x, rope, kv_cache, attend, info, parallel)
+            x, kv_cache = _layer(layer, config, x, rope, kv_cache, attend, info, parallel, run_experts)
         else:
             x, kv_cache = run_layer(layer, x, rope, kv_cache, info)
     return x, kv_cache
@@ -163,6 +167,7 @@ def _scanned(
     kv_cache: KVCache,
     attend: Attend,
     parallel: Parallel,
+    run_experts: RunExperts,
 ) -> tuple[Array, KVCache]:
     # What is the same for all layers stays static, so that a model without windows compiles no window.
     one_window = len(set(config.sliding_windows)) == 1
@@ -177,7 +182,7 @@ def _scanned(
         info = LayerInfo(layer_idx, config.sliding_windows[0] if one_window else window)
         rope_idx = config.rope_indices[0] if one_rope else rope
         cos, sin = (jax.lax.dynamic_index_in_dim(table, rope_idx, 0, keepdims=False) for table in tables)
-        return _layer(layer, config, x, (cos, sin), kv_cache, attend, info, parallel), None
+        return _layer(layer, config, x, (cos, sin), kv_cache, attend, info, parallel, run_experts), None
 
     xs = (layers, jnp.asarray(layer_indices), jnp.asarray(windows), jnp.asarray(ropes))
     (x, kv_cache), _ = jax.lax.scan(body, (x, kv_cache), xs)
@@ -193,6 +198,7 @@ def _layer(
     attend: Attend,
     info: LayerInfo,
     parallel: Parallel,
+    run_experts: RunExperts,
 ) -> tuple[Array, KVCache]:
     h, kv_cache = _attention(
         layer, config, _norm(x, layer["input_norm"], config), rope, kv_cache, attend, info, parallel
@@ -202,7 +208,7 @@ def _layer(
     x = x + h
     h = _norm(x, layer["pre_mlp_norm"], config)
     if config.moe is not None:
-        h = moe_mlp(h, layer, config.moe, config.activation, parallel)
+        h = moe_mlp(h, layer, config.moe, config.activation, run_experts, parallel)
     else:
         h = gated_mlp(h, layer, config.activation, parallel)
     if config.post_norms:

@@ -1,7 +1,7 @@
 """Tensor parallelism: what each device of a group holds of every parameter, and how partial results become whole ones.
 
 A program is written for one device and runs on all of them at once (`jax.shard_map`): it sees its own part of each parameter, and says
-itself where parts are summed. Heads, key/value heads, the MLP's width and the vocabulary are cut; the residual stream is whole
+itself where parts are summed. Heads, key/value heads, the MLP's width, experts and the vocabulary are cut; the residual stream is whole
 everywhere. Where there are fewer key/value heads than devices each is held by several, and a vocabulary that cannot be cut evenly is
 padded with zeros. Source of the cut: Shoeybi et al. 2019 (Megatron-LM).
 """
@@ -48,12 +48,13 @@ ALONE = Parallel()
 
 def check_divisible(config: ModelConfig, size: int) -> None:
     """Raises InvalidConfigError with the numbers and a size that works, where `size` devices cannot share the model."""
-    widths = {
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size if config.moe is None else config.moe.intermediate_size,
-    }
 
     def refusal(size: int) -> str | None:
+        widths = {"num_attention_heads": config.num_heads}
+        if config.moe is None:
+            widths["intermediate_size"] = config.intermediate_size
+        elif config.moe.num_experts % size:
+            widths["moe_intermediate_size"] = config.moe.intermediate_size
         for name, width in widths.items():
             if width % size:
                 return f"{name}={width} is not a multiple of it"
@@ -81,9 +82,17 @@ def held_shape(spec: ParamSpec, config: ModelConfig, size: int, shape: tuple[int
     return tuple(sizes.values())
 
 
-def partition(spec: ParamSpec, num_axes: int) -> PartitionSpec:
+def partition(spec: ParamSpec, config: ModelConfig, size: int, num_axes: int) -> PartitionSpec:
     """Which of a parameter's last `num_axes` axes is cut."""
-    return PartitionSpec(*(MODEL_AXIS if axis in _CUT_AXES else None for axis in _last(spec.axes, num_axes)))
+    cut = _cut_axis(spec, config, size)
+    return PartitionSpec(*(MODEL_AXIS if axis == cut else None for axis in _last(spec.axes, num_axes)))
+
+
+def _cut_axis(spec: ParamSpec, config: ModelConfig, size: int) -> str | None:
+    # Whole experts, where they can be shared out: a part of a narrow one would not fill the device's registers.
+    if spec.num_experts is not None and config.moe is not None and config.moe.num_experts % size == 0:
+        return "experts"
+    return next((axis for axis in spec.axes if axis in _CUT_AXES), None)
 
 
 def read_held(

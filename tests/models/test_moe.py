@@ -4,11 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from quire.models import moe as moe_module
+from quire.kernels.experts import grouped, reference
 from quire.models.config import MoeConfig
-from quire.models.moe import moe_mlp, routing_weights
+from quire.models.moe import moe_mlp, route
 from quire.models.parallel import ALONE
 from tests.models.helpers import quick_jit
+
+
+def routing_weights(logits, moe: MoeConfig):
+    """[T, E]: what `route` gives, token by expert."""
+    ids, weights = route(logits, moe)
+    is_chosen = ids[:, :, None] == jnp.arange(moe.num_experts)[None, None, :]
+    return jnp.sum(jnp.where(is_chosen, weights[:, :, None], jnp.float32(0)), axis=1)
 
 
 def expected_weights(logits: np.ndarray, moe: MoeConfig) -> np.ndarray:
@@ -48,13 +55,36 @@ def test_groups_of_experts_add_up_to_all_of_them(dtype: np.dtype, monkeypatch: p
     }
     layer = {name: jnp.asarray(rng.standard_normal(shape) / 3, dtype) for name, shape in shapes.items()}
     x = jnp.asarray(rng.standard_normal((4, 9)), dtype)
-    whole = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu", ALONE))(x)
+    whole = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu", reference.run_experts, ALONE))(x)
     assert whole.dtype == dtype
     for group_size in (1, 5):  # 5 is no divisor of 6: groups of 3
-        monkeypatch.setattr(moe_module, "MAX_INTERMEDIATE_ELEMENTS", group_size * 4 * 10)
-        grouped = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu", ALONE))
+        monkeypatch.setattr(reference, "MAX_INTERMEDIATE_ELEMENTS", group_size * 4 * 10)
+        grouped = quick_jit(lambda x: moe_mlp(x, layer, moe, "silu", reference.run_experts, ALONE))
         assert "stablehlo.while" in grouped.lower(x).as_text(), "the experts were not grouped"
         np.testing.assert_allclose(grouped(x), whole, rtol=1e-2 if dtype == jnp.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("held", [(0, 8), (2, 5)], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_experts_that_compute_their_own_tokens_equal_experts_that_compute_all(dtype: np.dtype, held) -> None:
+    """Also where a device holds some of them, and where one has no token."""
+    rng = np.random.default_rng(0)
+    first, end = held
+    num_tokens, num_experts = grouped.MIN_TOKENS + 9, end - first
+    shapes = ((num_experts, 16, 24), (num_experts, 16, 24), (num_experts, 24, 16))
+    matrices = tuple(jnp.asarray(rng.standard_normal(shape) / 4, dtype) for shape in shapes)
+    ids = np.stack([rng.permutation(8)[:3] for _ in range(num_tokens)])
+    ids = jnp.asarray(np.where(ids == 3, 7, ids) - first, jnp.int32)  # nobody goes to number 3
+    weights = jnp.asarray(rng.random((num_tokens, 3)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((num_tokens, 16)), dtype)
+    outs = [
+        np.asarray(quick_jit(lambda x, run=run: run(x, ids, weights, matrices, activate=jnp.tanh))(x))
+        for run in (grouped.run_experts, reference.run_experts)
+    ]
+    # The weight is applied after the last product in one and before it in the other: bfloat16 rounds at other places.
+    np.testing.assert_allclose(
+        *outs, rtol=1e-5 if dtype == jnp.float32 else 3e-2, atol=1e-5 if dtype == jnp.float32 else 3e-2
+    )
 
 
 def test_an_impossible_number_of_experts_per_token_is_refused() -> None:

@@ -1,0 +1,1 @@
+"""The experts of a mixture: which of them compute which tokens, and how."""
