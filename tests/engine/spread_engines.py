@@ -6,13 +6,18 @@ The parent process is `test_tensor_parallel`; this side knows the models, and ru
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from quire.backends.base import ShapeLimits, StepShape
 from quire.engine import LLM, SamplingParams
 from quire.kernels.sampling.rows import SamplingMode
+from quire.models.checkpoint import SINGLE_FILE, save_params
+from quire.models.params import init_params
+from quire.models.registry import load_config
 from tests.engine.engines import XLA_KERNELS, FewShapesBackend, check_idle, tiny_folder
 
 EVEN = {"hidden_size": 40, "num_attention_heads": 8, "intermediate_size": 56, "head_dim": 8}
@@ -41,6 +46,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": (),
     },
 }
+MODELS["experts_in_parts"] = {**MODELS["qk_norm_experts"], "num_experts": 3}
+MODELS["from_files"] = MODELS["one_kv_head"]
+
+
+def _model_folder(model: str) -> Path:
+    folder = tiny_folder(**MODELS[model])
+    if model == "from_files" and not (folder / SINGLE_FILE).exists():
+        config = load_config(folder)
+        save_params(init_params(config, 5, np.float32, stacked=False), config, folder, dtype=np.float32)
+    return folder
+
+
 PROMPTS = [[5, 6, 7, 8] * 9, [3, 1, 4, 1, 5], [9] * 20, [2, 7, 1, 8, 2, 8]]
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, detokenize=False, logprobs=3),
@@ -71,11 +88,11 @@ class PlainShapesBackend(FewShapesBackend):
 def run(model: str, num_devices: int, *, scan_layers: bool) -> tuple[list[list[int]], list[float]]:
     """Tokens of every request, and the first one's logprobs; requests that ask for little run by themselves once more."""
     backend = PlainShapesBackend(scan_layers=scan_layers)
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in MODELS[model].items()}
     llm = LLM(
-        str(tiny_folder(**changes)),
+        str(_model_folder(model)),
         backend=backend,
-        load_format="dummy",
+        tokenizer="demo",
+        load_format="auto" if model == "from_files" else "dummy",
         dtype="float32",
         seed=5,
         max_num_seqs=4,

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quire.kernels.errors import CheckpointError, ModelError
+from quire.models import checkpoint
 from quire.models.checkpoint import INDEX_FILE, SINGLE_FILE, load_params, resolve_model, save_params
 from quire.models.config import ModelConfig
 from quire.models.params import Params, param_specs
@@ -109,6 +110,37 @@ def test_host_memory_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert max(sizes) < peak < 0.7 * sum(sizes)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "qwen2"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_part_of_a_parameter_is_read_without_the_rest(name: str, stacked: bool, tmp_path: Path, monkeypatch) -> None:
+    """What a device's part is read with: fused, transposed, stacked and experts' tensors among them."""
+    folder = make_checkpoint(name, tmp_path, seed=6)
+    rng = np.random.default_rng(0)
+    read = checkpoint._TensorFiles.read
+    num_read = 0
+
+    def counted(files, hf_name, index):
+        nonlocal num_read
+        part = read(files, hf_name, index)
+        num_read += part.size
+        return part
+
+    monkeypatch.setattr(checkpoint._TensorFiles, "read", counted)
+
+    def place(_, tensor):
+        nonlocal num_read
+        first = [int(rng.integers(0, size)) for size in tensor.shape]
+        index = tuple(slice(a, int(rng.integers(a, size)) + 1) for a, size in zip(first, tensor.shape, strict=True))
+        whole = np.asarray(tensor)
+        num_read = 0
+        part = tensor[index]
+        assert num_read == part.size
+        np.testing.assert_array_equal(part, whole[index])
+        return whole
+
+    load_params(folder, load_config(folder), np.float32, stacked=stacked, place=place)
 
 
 def test_progress_counts_every_tensor_once(tmp_path: Path) -> None:
