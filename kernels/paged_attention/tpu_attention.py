@@ -1,7 +1,7 @@
 """Attention to a `HeadMajor` cache: blocks streamed from HBM by the block table, softmax as they pass.
 
-R rows, W queries of a row, N query heads, K key/value heads, G = N / K, H head_dim, Hp lanes of a key, B = block_size, M blocks of a row,
-T keys of a tile, Q = W * G query vectors that share a key/value head, padded to a multiple of 8.
+R rows, W queries of a row, N query heads, K key/value heads, G = N / K, Q = W * G query vectors that share a key/value head, H head_dim,
+P planes of the cache (`HeadMajor`), B = block_size, M blocks of a row, T keys of a tile.
 
 The grid runs over rows. A row's keys are worked on in *tiles* of T keys at multiples of T, from the one that holds the first key that
 any of its queries sees to the one that holds the last. The tiles of all rows form one sequence, and a *cursor* runs ahead of the work on
@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from quire.kernels.paged_attention.tpu_format import LANES, SUBLANES, key_lanes, parts_of_rows
+from quire.kernels.paged_attention.tpu_format import LANES, SUBLANES, key_lanes, parts_of_rows, planes_per_head
 
 MASKED = -1.0e30
 """The score of a key that a query may not see. Finite, so that a query that has seen nothing yet has no NaN."""
@@ -88,9 +88,7 @@ def paged_attention(
     """`contract.PagedAttention` on a `HeadMajor` cache. `interpret` is that of `pl.pallas_call`."""
     tuning = tuning or _tuning()
     num_rows, width, num_heads, head_dim = q.shape
-    num_kv_heads = kv_cache.shape[1]
-    lanes = kv_cache.shape[3] // 2
-    assert lanes == key_lanes(head_dim), f"a cache of {lanes} lanes a key does not hold head_dim {head_dim}"
+    num_kv_heads = kv_cache.shape[1] // planes_per_head(head_dim)
     vectors = _by_kv_head(q.astype(kv_cache.dtype), num_kv_heads)  # [R, K, Q, lanes]
     window = None if sliding_window is None else jnp.asarray(sliding_window, jnp.int32).reshape(1)
     call = partial(
@@ -107,8 +105,8 @@ def paged_attention(
     ]
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     # Where key and value share a register's row, the output lies where values do.
-    first_lane = lanes if lanes < LANES else 0
-    out = out[:, :, : width * (num_heads // num_kv_heads), first_lane : first_lane + head_dim]
+    first_lane = key_lanes(head_dim) % LANES
+    out = out[..., first_lane : first_lane + head_dim]
     by_token = out.reshape(num_rows, num_kv_heads, width, -1, head_dim).transpose(0, 2, 1, 3, 4)
     return by_token.reshape(q.shape).astype(q.dtype)
 
@@ -120,7 +118,7 @@ def _by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
     heads = q.reshape(num_rows, width, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
     vectors = heads.reshape(num_rows, num_kv_heads, width * group, head_dim)
     lanes = max(key_lanes(head_dim), LANES)
-    return jnp.pad(vectors, ((0, 0), (0, 0), (0, -(width * group) % SUBLANES), (0, lanes - head_dim)))
+    return jnp.pad(vectors, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
 
 
 def _blocks_per_tile(block_size: int, max_blocks: int, block_bytes: int, tuning: Tuning) -> int:
@@ -132,9 +130,11 @@ def _blocks_per_tile(block_size: int, max_blocks: int, block_bytes: int, tuning:
 
 
 def _queries_per_product(num_vectors: int, most: int) -> int:
-    """The largest part of Q, in whole registers, that divides it and is at most `most`."""
-    registers = num_vectors // SUBLANES
-    return SUBLANES * max(n for n in range(1, registers + 1) if registers % n == 0 and n * SUBLANES <= max(most, 8))
+    """The largest part of Q, in whole registers, that divides it and is at most `most`; all of it where Q is not in whole registers."""
+    if num_vectors % SUBLANES:
+        return num_vectors
+    parts = range(SUBLANES, num_vectors + 1, SUBLANES)
+    return max(part for part in parts if num_vectors % part == 0 and part <= max(most, SUBLANES))
 
 
 def _attend(
@@ -153,8 +153,8 @@ def _attend(
 ) -> jax.Array:
     """One call of the kernel: [R, K, Q, lanes] of queries to as many of output."""
     num_rows, num_kv_heads, num_vectors, lanes = vectors.shape
-    _, _, block_size, row_lanes = kv_cache.shape
-    block_bytes = num_kv_heads * block_size * row_lanes * kv_cache.dtype.itemsize
+    _, num_planes, block_size, _ = kv_cache.shape
+    block_bytes = num_planes * block_size * LANES * kv_cache.dtype.itemsize
     blocks_per_tile = _blocks_per_tile(block_size, block_tables.shape[1], block_bytes, tuning)
     own_row = pl.BlockSpec((None, num_kv_heads, num_vectors, lanes), lambda row, *_: (row, 0, 0, 0))
     kernel = partial(
@@ -173,7 +173,7 @@ def _attend(
             in_specs=[own_row, pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=own_row,
             scratch_shapes=[
-                pltpu.VMEM((tuning.num_buffers, num_kv_heads, blocks_per_tile, block_size, row_lanes), kv_cache.dtype),
+                pltpu.VMEM((tuning.num_buffers, num_planes, blocks_per_tile, block_size, LANES), kv_cache.dtype),
                 pltpu.SemaphoreType.DMA((tuning.num_buffers,)),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.VMEM((num_kv_heads, num_vectors, LANES), jnp.float32),
@@ -203,9 +203,9 @@ def _kernel(
     query_lens: Any,  # [R]
     window: Any,  # [1]
     vectors: Any,  # [K, Q, lanes], those of this row
-    cache: Any,  # [num_blocks, K, B, 2 * Hp] in HBM
+    cache: Any,  # [num_blocks, P, B, 128] in HBM
     out: Any,  # [K, Q, lanes]
-    buffers: Any,  # [num_buffers, K, T / B, B, 2 * Hp]
+    buffers: Any,  # [num_buffers, P, T / B, B, 128]
     arrived: Any,  # [num_buffers] semaphores
     cursor: Any,  # [4] in scalar memory
     highest: Any,  # [K, Q, 128] the highest score so far, the same in all lanes
@@ -220,9 +220,10 @@ def _kernel(
 ) -> None:
     row, num_rows = pl.program_id(0), seq_lens.shape[0]
     blocks_per_row = tables.shape[0] // num_rows
-    num_buffers, num_kv_heads, blocks_per_tile, block_size, _ = buffers.shape
+    num_buffers, num_planes, blocks_per_tile, block_size, _ = buffers.shape
     tile_size = blocks_per_tile * block_size
-    num_vectors = vectors.shape[1]
+    num_kv_heads, num_vectors, _ = vectors.shape
+    planes_per_head = num_planes // num_kv_heads
 
     # --- Which keys, blocks and tiles a row has -----------------------------------------------------------------------------
 
@@ -319,10 +320,14 @@ def _kernel(
         if not isinstance(part, int):
             first_vector = pl.multiple_of(first_vector, vectors_per_product)
         here = (head, pl.ds(first_vector, vectors_per_product))
-        rows = buffers[slot, head].reshape(tile_size, -1)
+        planes = [
+            buffers[slot, head * planes_per_head + plane].reshape(tile_size, LANES) for plane in range(planes_per_head)
+        ]
+        first_value = planes_per_head // 2  # the same plane as the key where there is but one
         if not is_whole:
-            rows = only_own(rows, tile)
-        keys, values = (rows, rows) if rows.shape[1] == LANES else jnp.split(rows, 2, axis=1)
+            planes[first_value:] = [only_own(plane, tile) for plane in planes[first_value:]]
+        keys = jnp.concatenate(planes[: max(first_value, 1)], axis=1)
+        values = jnp.concatenate(planes[first_value:], axis=1)
         scores = scores_of(vectors[here], keys)
         if not is_whole:
             scores = mask(scores, tile, first_vector)

@@ -1,6 +1,6 @@
 """Writing new keys and values into a `HeadMajor` cache, in place.
 
-R rows, W tokens of a row, K key/value heads, Hp lanes of a key, B = block_size, g = 8 tokens of a group (`GROUP`).
+R rows, W tokens of a row, P planes of a token (`HeadMajor`), B = block_size, g = 8 tokens of a group (`GROUP`).
 
 A copy moves whole tiles of memory, so the least that can be written is a *group*: g tokens of a block, all heads. A group is
 read, gets its new tokens, and is written back. Reading and writing back take far longer than what lies between, so the groups
@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
-from quire.kernels.paged_attention.tpu_format import GROUP, key_lanes, parts_of_rows
+from quire.kernels.paged_attention.tpu_format import GROUP, LANES, parts_of_rows, rows_of_tokens
 
 GROUPS_AHEAD = 8
 """About how many groups are being read at any time."""
@@ -41,7 +41,10 @@ def write_kv(
     kv_cache: jax.Array, k_new: jax.Array, v_new: jax.Array, places: StepPlaces, *, interpret: Any = False
 ) -> jax.Array:
     """`contract.WriteKV` on a `HeadMajor` cache. `interpret` is that of `pl.pallas_call`."""
-    rows_new = _as_rows(k_new, v_new, kv_cache)  # [T, K, 2 * Hp]
+    # In float32, since one row of two that share a register of bfloat16 cannot be picked; it goes there and back unchanged.
+    rows_new = rows_of_tokens(*(new.astype(kv_cache.dtype) for new in (k_new, v_new))).astype(
+        jnp.float32
+    )  # [T, P, 128]
     first = 0
     for rectangle in places.rectangles:
         num_rows, blocks_per_row = rectangle.block_tables.shape
@@ -53,17 +56,10 @@ def write_kv(
     return kv_cache
 
 
-def _as_rows(k_new: jax.Array, v_new: jax.Array, kv_cache: jax.Array) -> jax.Array:
-    """[T, K, 2 * Hp] float32: each token's keys and values side by side. bfloat16 goes there and back unchanged."""
-    padding = ((0, 0), (0, 0), (0, key_lanes(k_new.shape[2]) - k_new.shape[2]))
-    rows = jnp.concatenate([jnp.pad(new.astype(kv_cache.dtype), padding) for new in (k_new, v_new)], axis=2)
-    return rows.astype(jnp.float32)
-
-
 def _write_rows(kv_cache: jax.Array, rows_new: jax.Array, rectangle: RowsOfTokens, interpret: Any) -> jax.Array:
-    """The cache with the tokens of some rows in it; `rows_new` [R * W, K, 2 * Hp]."""
+    """The cache with the tokens of some rows in it; `rows_new` [R * W, P, 128]."""
     num_rows, width = rectangle.seq_lens.shape[0], rectangle.width
-    _, num_kv_heads, _, lanes = kv_cache.shape
+    num_planes = kv_cache.shape[1]
     max_groups = -(-(width - 1) // GROUP) + 1  # of one row, wherever it begins
     rows_ahead = min(max(GROUPS_AHEAD // max_groups, 1), num_rows)
     # One for each group of the row at hand and of those ahead, and one for the group before, which may not be written yet.
@@ -74,12 +70,12 @@ def _write_rows(kv_cache: jax.Array, rows_new: jax.Array, rectangle: RowsOfToken
             num_scalar_prefetch=3,
             grid=(num_rows,),
             in_specs=[
-                pl.BlockSpec((None, width, num_kv_heads, lanes), lambda row, *_: (row, 0, 0, 0)),
+                pl.BlockSpec((None, width, num_planes, LANES), lambda row, *_: (row, 0, 0, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
-                pltpu.VMEM((num_slots, num_kv_heads, GROUP, lanes), kv_cache.dtype),
+                pltpu.VMEM((num_slots, num_planes, GROUP, LANES), kv_cache.dtype),
                 pltpu.SemaphoreType.DMA((num_slots,)),
                 pltpu.SemaphoreType.DMA((num_slots,)),
                 pltpu.SMEM((4,), jnp.int32),
@@ -94,7 +90,7 @@ def _write_rows(kv_cache: jax.Array, rows_new: jax.Array, rectangle: RowsOfToken
         rectangle.block_tables.reshape(-1),
         rectangle.seq_lens,
         rectangle.query_lens,
-        rows_new.reshape(num_rows, width, num_kv_heads, lanes),
+        rows_new.reshape(num_rows, width, num_planes, LANES),
         kv_cache,
     )
 
@@ -103,10 +99,10 @@ def _kernel(
     tables: Any,  # [R * M] in scalar memory, as are the next two
     seq_lens: Any,  # [R]
     query_lens: Any,  # [R]
-    tokens: Any,  # [W, K, 2 * Hp] float32, those of this row
+    tokens: Any,  # [W, P, 128] float32, those of this row
     _cache_in: Any,  # the cache as input: the same memory as the output
-    cache: Any,  # [num_blocks, K, B, 2 * Hp] in HBM
-    slots: Any,  # [num_slots, K, g, 2 * Hp]
+    cache: Any,  # [num_blocks, P, B, 128] in HBM
+    slots: Any,  # [num_slots, P, g, 128]
     read_done: Any,  # [num_slots] semaphores
     written: Any,  # [num_slots] semaphores
     state: Any,  # [4] in scalar memory
@@ -115,7 +111,7 @@ def _kernel(
 ) -> None:
     row, num_rows = pl.program_id(0), seq_lens.shape[0]
     blocks_per_row = tables.shape[0] // num_rows
-    num_slots, num_kv_heads, group, lanes = slots.shape
+    num_slots, num_planes, group, lanes = slots.shape
     groups_per_block = cache.shape[2] // group
 
     def groups_of(row: Any) -> tuple[Any, Any]:
@@ -186,20 +182,20 @@ def _kernel(
         offset = first - idx * group  # of the row's first token from the group's first place; negative in later groups
         place = lax.broadcasted_iota(jnp.int32, (group, lanes), 0)
 
-        def one_token(token: Any, heads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def one_token(token: Any, planes: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             is_its_place = place == token + offset
             return tuple(
-                jnp.where(is_its_place, tokens[token, pl.ds(head, 1), :], old) for head, old in enumerate(heads)
+                jnp.where(is_its_place, tokens[token, pl.ds(plane, 1), :], old) for plane, old in enumerate(planes)
             )
 
-        heads = tuple(slots[slot, head].astype(jnp.float32) for head in range(num_kv_heads))
+        planes = tuple(slots[slot, plane].astype(jnp.float32) for plane in range(num_planes))
         if tokens.shape[0] == 1:
-            heads = one_token(0, heads)
+            planes = one_token(0, planes)
         else:
             begin, end = jnp.maximum(-offset, 0), jnp.minimum(group - offset, query_lens[row])
-            heads = lax.fori_loop(begin, end, one_token, heads)
-        for head, new in enumerate(heads):
-            slots[slot, head] = new.astype(slots.dtype)
+            planes = lax.fori_loop(begin, end, one_token, planes)
+        for plane, new in enumerate(planes):
+            slots[slot, plane] = new.astype(slots.dtype)
 
     @pl.when(row == 0)
     def first_row() -> None:

@@ -21,7 +21,7 @@ from quire.kernels.ops import PALLAS_TPU, REFERENCE, choose_ops
 from quire.kernels.paged_attention import tpu
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
 from quire.kernels.paged_attention.tpu_attention import Tuning, tunings
-from quire.kernels.paged_attention.tpu_format import key_lanes, parts_of_rows
+from quire.kernels.paged_attention.tpu_format import parts_of_rows, rows_of_tokens
 from tests.kernels.paged_attention_suite import Case, PagedAttentionConformance, make_problem
 
 SMALL_TILES = Tuning(keys_per_tile=128, num_buffers=3, buffer_mib=1, queries_per_product=16, vmem_limit_mib=32)
@@ -88,20 +88,17 @@ class PallasConformance(PagedAttentionConformance):
         )
 
     def to_format(self, token_major: np.ndarray) -> np.ndarray:
-        num_blocks, block_size, num_heads_twice, head_dim = token_major.shape
-        shape = tpu.HeadMajor().shape(num_blocks, block_size, num_heads_twice // 2, head_dim)
-        is_written = np.isfinite(token_major[:, :, ::2, :1]).transpose(0, 2, 1, 3)
-        cache = np.where(np.broadcast_to(is_written, shape), np.float32(0), np.float32(np.nan))
-        for half in range(2):
-            cache[..., half * key_lanes(head_dim) :][..., :head_dim] = token_major[:, :, half::2].transpose(0, 2, 1, 3)
-        return cache
+        k, v = (jnp.asarray(token_major[:, :, half::2]) for half in range(2))
+        rows = np.array(rows_of_tokens(k, v))  # [num_blocks, block_size, P, 128]
+        rows[np.isnan(token_major).any(axis=(2, 3))] = (
+            np.nan
+        )  # lanes of padding, too, hold what they like where nothing was written
+        return rows.transpose(0, 2, 1, 3)
 
     def to_token_major(self, cache: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        token_major = np.empty(shape, np.float32)
-        for half in range(2):
-            part = cache[..., half * (cache.shape[3] // 2) :][..., : shape[3]]
-            token_major[:, :, half::2] = part.transpose(0, 2, 1, 3)
-        return token_major
+        num_blocks, block_size, num_heads_twice, head_dim = shape
+        rows = cache.transpose(0, 2, 1, 3).reshape(num_blocks, block_size, num_heads_twice, -1)
+        return rows[..., :head_dim]
 
 
 def _interpreted(params: Any, tuning: Tuning = SMALL_TILES) -> dict[str, Any]:
