@@ -164,6 +164,9 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
             raise KernelUnavailableError(f"linear={linear.name} packs experts, which need a native decoder_layer too")
         linear = LINEAR.choose(context, REFERENCE)
     kv_cache, write_kv, paged_attention = _choose_cache_ops(context, wanted)
+    if paged_attention.name == PALLAS_TPU:
+        tuned = partial(paged_attention.function, tuning=attention_tpu.tuning_of(context.device_kind))
+        paged_attention = dataclasses.replace(paged_attention, function=tuned)
     return Ops(
         linear=linear,
         kv_cache=kv_cache,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from quire.kernels.op import OpContext
-from quire.kernels.paged_attention.tpu_attention import paged_attention
+from quire.kernels.paged_attention.tpu_attention import paged_attention, tuning_of
 from quire.kernels.paged_attention.tpu_format import GROUP, HeadMajor
 from quire.kernels.paged_attention.tpu_write import write_kv
 
-__all__ = ["HeadMajor", "paged_attention", "refuses", "write_kv"]
+__all__ = ["HeadMajor", "paged_attention", "refuses", "tuning_of", "write_kv"]
 
 DTYPES = ("bfloat16", "float32")
 MAX_HEAD_DIM = 256

@@ -65,11 +65,9 @@ def tunings() -> dict[str, Tuning]:
     return {kind: Tuning(**entry) for kind, entry in entries.items()}
 
 
-def _tuning() -> Tuning:
-    """That of the chip the program is traced for: the mesh's, where it has one, or else the first device's."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    kind = (described or jax.devices()[0]).device_kind
-    return tunings().get(kind, tunings()["default"])
+def tuning_of(device_kind: str) -> Tuning:
+    """That of a chip by the name that jax has for it."""
+    return tunings().get(device_kind, tunings()["default"])
 
 
 def paged_attention(
@@ -86,7 +84,7 @@ def paged_attention(
     interpret: Any = False,
 ) -> jax.Array:
     """`contract.PagedAttention` on a `HeadMajor` cache. `interpret` is that of `pl.pallas_call`."""
-    tuning = tuning or _tuning()
+    tuning = tuning or tunings()["default"]
     num_rows, width, num_heads, head_dim = q.shape
     num_kv_heads = kv_cache.shape[1] // planes_per_head(head_dim)
     vectors = _by_kv_head(q.astype(kv_cache.dtype), num_kv_heads)  # [R, K, Q, lanes]
