@@ -22,6 +22,8 @@ class Chip:
     bf16_tflops: float
     """Dense bfloat16 products, in 10^12 operations per second."""
     source: str
+    clock_ghz: float | None = None
+    """Of the vector unit, as the TPU compiler's estimates imply it; None where they were not looked at."""
 
     @property
     def hbm_bytes(self) -> int:

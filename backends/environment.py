@@ -117,6 +117,18 @@ def prepare_tpu_compiler() -> None:
         os.environ.setdefault(name, value)
 
 
+def dump_tpu_code(folder: Path, *, with_profile: bool) -> None:
+    """Has libtpu write the final code of what it compiles into a folder, and its estimates of cycles; to be called before it is loaded."""
+    flags = [
+        f"--xla_jf_dump_to={folder}",
+        "--xla_jf_dump_llo_text=true",
+        "--xla_jf_dump_llo_pass_label_regex=.*final.*",
+    ]
+    if with_profile:
+        flags.append(f"--xla_jf_dump_static_llo_profile_to={folder}")
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip()
+
+
 def api_keys() -> tuple[str, ...]:
     """Keys that requests to a server must bear: $QUIRE_API_KEYS, separated by commas."""
     return _listed("QUIRE_API_KEYS")

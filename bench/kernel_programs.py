@@ -8,6 +8,7 @@ R rows, W queries of a row, N query heads, K key/value heads, H head_dim, B bloc
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -16,11 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from quire.backends.environment import dump_tpu_code
 from quire.backends.tpu import TpuBackend
 from quire.kernels.paged_attention import tpu
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
@@ -223,6 +226,12 @@ def job(target: str, program: str, shape: KernelShape) -> str:
 
 def main() -> None:
     """Answers jobs, line by line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dump-to", type=Path, help="a folder for the final code of what is compiled")
+    parser.add_argument("--profile", action="store_true", help="the compiler's estimates, too")
+    options = parser.parse_args()
+    if options.dump_to is not None:
+        dump_tpu_code(options.dump_to, with_profile=options.profile)
     for line in sys.stdin:
         wanted = json.loads(line)
         answer = compile_program(wanted["target"], wanted["program"], KernelShape(**wanted["shape"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quire.bench import compare, offline, quality, scheduler, serve
+from quire.bench import compare, kernels, offline, quality, scheduler, serve
 from quire.bench.peers import command as peers
 
 
@@ -14,5 +14,5 @@ def add_command(commands: Any) -> None:
         "bench", help="measure; each benchmark prints one JSON line; compare says better or worse"
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for module in (offline, scheduler, quality, serve, compare, peers):
+    for module in (offline, scheduler, kernels, quality, serve, compare, peers):
         module.add_command(benchmarks)
