@@ -108,6 +108,12 @@ def _interpreted(params: Any, tuning: Tuning = SMALL_TILES) -> dict[str, Any]:
     }
 
 
+def _assert_nothing_was_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    printed = capfd.readouterr().out
+    assert "RACE" not in printed, printed
+    assert "non-zero count" not in printed, printed
+
+
 class TestPallas(PallasConformance):
     """With the emulation of copies, and every access looked at for races."""
 
@@ -117,9 +123,7 @@ class TestPallas(PallasConformance):
     def _nothing_to_report(self, capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
         """The interpreter prints what races it finds, and semaphores that are left with a count, and goes on."""
         yield
-        printed = capfd.readouterr().out
-        assert "RACE" not in printed, printed
-        assert "non-zero count" not in printed, printed
+        _assert_nothing_was_reported(capfd)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
     def test_attends_right_where_tiles_groups_and_lanes_end(self, case: Case) -> None:
@@ -131,32 +135,37 @@ class TestPallas(PallasConformance):
         self.test_attends_to_the_rows_history_and_writes_only_the_new_tokens(case)
 
 
-def _places(rows: RowsOfTokens) -> StepPlaces:
-    return StepPlaces(None, None, [rows])
-
-
-def test_rows_that_share_a_group_of_tokens_write_it_once_and_whole() -> None:
-    """A prompt cut at tokens that are no multiple of a group, in tiles shorter than one: three rows meet in the same 8 tokens."""
-    rng = np.random.default_rng(0)
-    lens, width = (3, 2, 2, 0, 4, 4), 4  # rows 0 to 2 and 4 to 5 are neighbours; row 3 is padding in between
-    ends = np.cumsum(lens) + 1
-    rows = RowsOfTokens(
-        jnp.asarray(np.tile([[2, 1, 3]], (6, 1)), jnp.int32),
-        jnp.asarray(ends, jnp.int32),
-        jnp.asarray(lens, jnp.int32),
-        width,
-    )
-    cache = rng.normal(size=(4, 2, 8, 128)).astype(np.float32)
-    k, v = (rng.normal(size=(6 * width, 2, 64)).astype(np.float32) for _ in range(2))
+@pytest.mark.parametrize(("width", "dtype"), [(1, "float32"), (5, "bfloat16"), (20, "float32")])
+def test_tokens_of_many_rows_are_written_where_they_belong(
+    width: int, dtype: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """More groups than the ring has slots; requests cut into rows of any length, so that neighbours share groups, with padding between."""
+    rng = np.random.default_rng(width)
+    block_size, num_blocks, num_rows = 16, 64, 30
+    cache = rng.normal(size=(num_blocks, 2, block_size, 128)).astype(dtype)
+    k, v = (rng.normal(size=(num_rows * width, 2, 64)).astype(dtype) for _ in range(2))
+    free, tables, lens = list(rng.permutation(num_blocks - 1) + 1), np.zeros((num_rows, 8), np.int32), []
     expected = cache.copy()
-    for row, (length, end) in enumerate(zip(lens, ends, strict=True)):
-        for w in range(length):
-            position, token = end - length + w, row * width + w
-            block = (2, 1, 3)[position // 8]
-            expected[block, :, position % 8] = np.concatenate([k[token], v[token]], axis=1)
+    while len(lens) < num_rows:
+        table, position = [free.pop() for _ in range(3)], int(rng.integers(0, 20))
+        for _ in range(1 if width == 1 else int(rng.integers(1, 4))):
+            if len(lens) == num_rows:
+                break
+            row, query_len = len(lens), int(rng.integers(0, width + 1)) if position + width < 48 else 0
+            tables[row, :3] = table
+            for token in range(row * width, row * width + query_len):
+                place = table[position // block_size], slice(None), position % block_size
+                expected[place] = np.concatenate([k[token], v[token]], axis=1)
+                position += 1
+            lens.append((position, query_len))
+        if len(free) < 3:
+            lens += [(0, 0)] * (num_rows - len(lens))
+    seq_lens, query_lens = np.array(lens, np.int32).T
+    rows = RowsOfTokens(*map(jnp.asarray, (tables, seq_lens, query_lens)), width=width)
     params = pltpu.InterpretParams(detect_races=True)
-    written = tpu.write_kv(*map(jnp.asarray, (cache, k, v)), _places(rows), interpret=params)
-    np.testing.assert_array_equal(written, expected)
+    written = tpu.write_kv(*map(jnp.asarray, (cache, k, v)), StepPlaces(None, None, [rows]), interpret=params)
+    np.testing.assert_array_equal(np.asarray(written), expected)
+    _assert_nothing_was_reported(capfd)
 
 
 def test_a_window_given_as_an_array_equals_the_static_one() -> None:
