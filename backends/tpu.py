@@ -102,8 +102,7 @@ class TpuBackend:
     def _free_bytes(self) -> int:
         if self._is_described:
             return self.chip.hbm_bytes
-        own = [device for device in self._devices if device.process_index == jax.process_index()]
-        readings: list[dict[str, int]] = [device.memory_stats() for device in own]
+        readings: list[dict[str, int]] = [device.memory_stats() for device in self._devices]
         return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in readings)
 
     def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
@@ -145,7 +144,13 @@ class TpuBackend:
 
 def _attached_devices() -> list[Any]:
     try:
-        return list(jax.devices("tpu"))
+        devices = list(jax.devices("tpu"))
+        if jax.process_count() > 1:
+            raise BackendError(
+                f"these TPU chips belong to {jax.process_count()} hosts, and quire runs on the chips of one so far: take a slice "
+                "of a single host (v5e and v6e up to 2x4)"
+            )
+        return devices
     except RuntimeError as error:
         raise BackendError(
             f"jax finds no TPU ({error}); on a TPU VM install 'quire[tpu]', and see that no other process holds the chips"

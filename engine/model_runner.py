@@ -36,6 +36,7 @@ class RunnerCounters:
 
     num_real_tokens: int = 0
     num_padding_tokens: int = 0
+    """That were computed: none where kernels leave padding out."""
 
 
 class ModelRunner:
@@ -103,7 +104,8 @@ class ModelRunner:
         self.state, output = self.programs[layout.shape](self._params, self.state, inputs)
         jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
         self.counters.num_real_tokens += step.num_tokens
-        self.counters.num_padding_tokens += layout.shape.num_tokens * step.num_decode_steps - step.num_tokens
+        if not self._plan.ops.is_padding_free:
+            self.counters.num_padding_tokens += layout.shape.num_tokens * step.num_decode_steps - step.num_tokens
         return Dispatched(step, layout, output)
 
     def wait(self, dispatched: Dispatched) -> None:

@@ -150,3 +150,16 @@ def test_every_batch_within_the_limits_has_a_shape(limits: tuple[int, ...]) -> N
     with_prompt = StepShape(bounds.max_num_seqs, bounds.max_prefill_tiles, 32, blocks, 1, SamplingMode.FULL, True)
     assert chooser.choose(with_prompt).covers(with_prompt)
     assert len(shapes) == len(set(shapes))
+
+
+def test_padding_is_counted_where_it_is_computed() -> None:
+    """A short prompt in a tile of 32, then 7 decode steps of one row in a program of four."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+    for kernels in (None, XLA_KERNELS):
+        llm = tiny_engine(kernels=kernels)
+        before = llm.stats()
+        generate(llm, [[5, 6, 7]], [params])
+        after = llm.stats()
+        assert after.num_real_tokens - before.num_real_tokens == 3 + 7
+        padding = after.num_padding_tokens - before.num_padding_tokens
+        assert padding == 0 if llm.core.plan.ops.is_padding_free else padding >= (32 - 3) + 7 * 3

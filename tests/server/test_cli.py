@@ -88,7 +88,7 @@ def test_the_offline_benchmark_prints_one_json_line(capsys: pytest.CaptureFixtur
     report = json.loads(out)
     assert report["recompilations"] == 0
     assert 0 < report["host_share"] < 1
-    assert 0 < report["padding_share"] < 1
+    assert 0 <= report["padding_share"] < 1
     assert set(report["batching"]) == {"continuous", "windowed", "static"}
     for figures in report["batching"].values():
         assert figures["output_tokens_per_s"] > 0

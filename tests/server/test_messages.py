@@ -1,5 +1,6 @@
 """What crosses the socket arrives as it was sent."""
 
+import gc
 import struct
 
 import pytest
@@ -10,6 +11,7 @@ from quire.engine.request import EngineCoreRequest
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.step_data import EngineCoreOutput, TokenLogprobs
 from quire.kernels.errors import EngineDeadError, InvalidRequestError, OutOfBlocksError
+from quire.server.engine_process import set_aside_what_stays
 from quire.server.messages import (
     Outputs,
     Submit,
@@ -106,3 +108,14 @@ def test_error_keeps_its_class_where_quire_has_one(name, kind):
     assert type(error) is kind
     assert "what was wrong" in str(error)
     assert getattr(error, "parameter", "prompt") == "prompt"
+
+
+def test_what_is_there_at_the_start_is_not_looked_through_again() -> None:
+    kept = [[] for _ in range(1000)]
+    before = gc.get_freeze_count()
+    try:
+        set_aside_what_stays()
+        assert gc.get_freeze_count() >= before + len(kept)
+        assert not any(thing is kept[0] for thing in gc.get_objects())
+    finally:
+        gc.unfreeze()
