@@ -5,11 +5,15 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from quire.backends.base import ShapeLimits, StepShape
 from quire.backends.cpu import CpuBackend
 from quire.engine import LLM, RequestOutput, SamplingParams
+from quire.kernels.op import Choice
+from quire.kernels.ops import PALLAS_TPU, Ops
+from quire.kernels.paged_attention import tpu
 from quire.kernels.sampling.rows import SamplingMode
 
 TINY_CONFIG = {
@@ -53,6 +57,20 @@ class FewShapesBackend(CpuBackend):
             *(StepShape(rows, 0, tile_size, blocks, count, SamplingMode.FULL) for count in steps),
             StepShape(mixed_rows, tiles, tile_size, blocks, 1, SamplingMode.FULL, prompt_logprobs=True),
         ]
+
+
+class InterpretedBackend(FewShapesBackend):
+    """The CPU with the kernels, the cache's format and the scanned layers of a TPU."""
+
+    def select_ops(self, *arguments, **named) -> Ops:
+        ops = super().select_ops(*arguments, **named)
+        functions = {
+            "kv_cache": tpu.HeadMajor(),
+            "write_kv": partial(tpu.write_kv, interpret=True),
+            "paged_attention": partial(tpu.paged_attention, interpret=True),
+        }
+        choices = {name: Choice(name, PALLAS_TPU, function, ()) for name, function in functions.items()}
+        return replace(ops, **choices)
 
 
 @functools.cache

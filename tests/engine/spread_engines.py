@@ -18,7 +18,7 @@ from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import SINGLE_FILE, save_params
 from quire.models.params import init_params
 from quire.models.registry import load_config
-from tests.engine.engines import XLA_KERNELS, FewShapesBackend, check_idle, tiny_folder
+from tests.engine.engines import XLA_KERNELS, FewShapesBackend, InterpretedBackend, check_idle, tiny_folder
 
 EVEN = {"hidden_size": 40, "num_attention_heads": 8, "intermediate_size": 56, "head_dim": 8}
 # Beside the tiny Llama, whose vocabulary of 101 cannot be cut evenly: what a device's part of a model can get wrong.
@@ -85,9 +85,15 @@ class PlainShapesBackend(FewShapesBackend):
         return [*full, *(replace(s, sampling=mode, prompt_logprobs=False) for s in full for mode in modes)]
 
 
-def run(model: str, num_devices: int, *, scan_layers: bool) -> tuple[list[list[int]], list[float]]:
+class InterpretedShapesBackend(InterpretedBackend, PlainShapesBackend):
+    """The same with the TPU's kernels."""
+
+
+def run(
+    model: str, num_devices: int, *, scan_layers: bool, interpreted: bool = False
+) -> tuple[list[list[int]], list[float]]:
     """Tokens of every request, and the first one's logprobs; requests that ask for little run by themselves once more."""
-    backend = PlainShapesBackend(scan_layers=scan_layers)
+    backend = (InterpretedShapesBackend if interpreted else PlainShapesBackend)(scan_layers=scan_layers)
     llm = LLM(
         str(_model_folder(model)),
         backend=backend,
@@ -114,12 +120,12 @@ def run(model: str, num_devices: int, *, scan_layers: bool) -> tuple[list[list[i
 
 
 def main() -> None:
-    """Each case is MODEL:DEVICES:scanned or :unrolled."""
+    """Each case is MODEL:DEVICES:LAYERS; layers are scanned, unrolled, or scanned with the TPU's kernels: pallas."""
     assert len(jax.devices()) == 8, "XLA_FLAGS gives the CPU eight devices"
     found = {}
     for case in sys.argv[1:]:
         model, num_devices, layers = case.split(":")
-        found[case] = run(model, int(num_devices), scan_layers=layers == "scanned")
+        found[case] = run(model, int(num_devices), scan_layers=layers != "unrolled", interpreted=layers == "pallas")
     print(json.dumps(found))
 
 

@@ -1,32 +1,13 @@
 """The engine on the TPU's kernels, interpreted: what the compiler alone cannot say."""
 
-import dataclasses
 import functools
-from functools import partial
 
 import pytest
 
 from quire.engine import LLM, SamplingParams
-from quire.kernels.op import Choice
-from quire.kernels.ops import PALLAS_TPU, Ops
-from quire.kernels.paged_attention import tpu
-from tests.engine.engines import XLA_KERNELS, FewShapesBackend, generate, tiny_engine, tiny_folder, token_ids
+from tests.engine.engines import XLA_KERNELS, InterpretedBackend, generate, tiny_engine, tiny_folder, token_ids
 
 PROMPTS = [[5, 6, 7, 8] * 11, [3, 1, 4, 1, 5], [9] * 20, [2, 7, 1, 8, 2, 8]]
-
-
-class InterpretedBackend(FewShapesBackend):
-    """The CPU with the kernels, the cache's format and the scanned layers of a TPU."""
-
-    def select_ops(self, *arguments, **named) -> Ops:
-        ops = super().select_ops(*arguments, **named)
-        functions = {
-            "kv_cache": tpu.HeadMajor(),
-            "write_kv": partial(tpu.write_kv, interpret=True),
-            "paged_attention": partial(tpu.paged_attention, interpret=True),
-        }
-        choices = {name: Choice(name, PALLAS_TPU, function, ()) for name, function in functions.items()}
-        return dataclasses.replace(ops, **choices)
 
 
 @functools.cache
