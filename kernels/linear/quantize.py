@@ -15,12 +15,17 @@ _OF_127 = np.float32(1) / np.float32(127)
 
 
 def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix [..., K, N] as (int8 [..., K, N] in the same memory order, scales float32 [..., N])."""
-    values = matrix.astype(np.float32)
-    largest = np.abs(values).max(axis=-2, initial=0.0)
+    """A matrix [..., K, N] as (int8 [..., K, N], a single one in the same memory order, scales float32 [..., N])."""
+    if matrix.ndim > 2:  # one at a time: all of a large model's layers as float32 would be several times the model
+        values, scales = np.empty(matrix.shape, np.int8), np.empty((*matrix.shape[:-2], matrix.shape[-1]), np.float32)
+        for idx in range(len(matrix)):
+            values[idx], scales[idx] = quantize_weight(matrix[idx])
+        return values, scales
+    floats = matrix.astype(np.float32)
+    largest = np.abs(floats).max(axis=0, initial=0.0)
     scales = (largest / np.float32(127)).astype(np.float32)
-    values /= np.where(scales > 0, scales, np.float32(1))[..., None, :]
-    return np.rint(values).astype(np.int8), scales
+    floats /= np.where(scales > 0, scales, np.float32(1))[None, :]
+    return np.rint(floats).astype(np.int8), scales
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
