@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -90,7 +92,19 @@ def test_compile_prints_what_memory_holds_and_writes_the_programs(target, settin
 @pytest.mark.parametrize(("target", "size"), [("v5e:2x4", 8), ("v6e:2x2", 4)])
 def test_eight_billion_parameters_compile_in_every_shape_without_a_copy(target: str, size: int, tmp_path) -> None:
     model = str(tiny_folder(**LLAMA_8B))
-    assert main(["compile", model, "--target", target, "--output", str(tmp_path)]) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "quire.server.cli",
+        "compile",
+        model,
+        "--target",
+        target,
+        "--output",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["num_devices"] == size
     for program in report["programs"]:
