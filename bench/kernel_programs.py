@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -198,8 +199,8 @@ def compile_program(target: str, name: str, shape: KernelShape) -> dict[str, Any
     try:
         program = PROGRAMS[name](shape, backend.capabilities.device_kind)
         arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in program.arguments]
-        # jax's own kernels look there for the chip.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        # jax's own kernels look for the chip there; quire's must do without, as they do in an engine's step.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if name.startswith("jax_") else nullcontext():
             compiled: Any = backend.compile(backend.lower(program.function, arguments, program.donated))
     except Exception as error:  # a compiler's and other people's kernels': whatever they raise is the answer
         return {"error": f"{type(error).__name__}: {error}"[:2000]}

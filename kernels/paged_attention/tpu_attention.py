@@ -34,7 +34,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from quire.kernels.paged_attention.tpu_format import LANES, SUBLANES, key_lanes, parts_of_rows, planes_per_head
+from quire.kernels.paged_attention.tpu_format import (
+    LANES,
+    SUBLANES,
+    key_lanes,
+    parts_of_rows,
+    planes_per_head,
+    quotient,
+    quotient_up,
+)
 
 MASKED = -1.0e30
 """The score of a key that a query may not see. Finite, so that a query that has seen nothing yet has no NaN."""
@@ -236,13 +244,13 @@ def _kernel(
 
     def tiles_of(row: Any) -> tuple[Any, Any]:
         """The row's first tile and the one after its last; equal for padding."""
-        begin = first_key(row) // tile_size
-        return begin, jnp.where(query_lens[row] > 0, pl.cdiv(seq_lens[row], tile_size), begin)
+        begin = quotient(first_key(row), tile_size)
+        return begin, jnp.where(query_lens[row] > 0, quotient_up(seq_lens[row], tile_size), begin)
 
     def blocks_of(row: Any, tile: Any) -> tuple[Any, Any]:
         """The first block of a tile that is needed, counted from the row's first, and the one after the last."""
-        begin = jnp.maximum(tile * blocks_per_tile, first_key(row) // block_size)
-        return begin, jnp.minimum((tile + 1) * blocks_per_tile, pl.cdiv(seq_lens[row], block_size))
+        begin = jnp.maximum(tile * blocks_per_tile, quotient(first_key(row), block_size))
+        return begin, jnp.minimum((tile + 1) * blocks_per_tile, quotient_up(seq_lens[row], block_size))
 
     # --- Fetching -----------------------------------------------------------------------------------------------------------
 
@@ -310,7 +318,7 @@ def _kernel(
 
     def mask(scores: jax.Array, tile: Any, first_vector: Any) -> jax.Array:
         key = tile * tile_size + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        token = (first_vector + lax.broadcasted_iota(jnp.int32, scores.shape, 0)) // group
+        token = quotient(first_vector + lax.broadcasted_iota(jnp.int32, scores.shape, 0), group)
         distance = first_position + token - key
         visible = (distance >= 0) & (key < seq_lens[row])
         if has_window:
@@ -375,9 +383,9 @@ def _kernel(
     # Whole tiles: no key after the first query, and none before the last query's window.
     whole_begin = first_tile
     if has_window:
-        whole_begin = jnp.clip(pl.cdiv(seq_lens[row] - window[0], tile_size), first_tile, end_tile)
+        whole_begin = jnp.clip(quotient_up(seq_lens[row] - window[0], tile_size), first_tile, end_tile)
         lax.fori_loop(first_tile, whole_begin, partial(attend, False), None)
-    whole_end = jnp.clip((first_position + 1) // tile_size, whole_begin, end_tile)
+    whole_end = jnp.clip(quotient(first_position + 1, tile_size), whole_begin, end_tile)
     lax.fori_loop(whole_begin, whole_end, partial(attend, True), None)
     lax.fori_loop(whole_end, end_tile, partial(attend, False), None)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 LANES = 128
 """Numbers in a row of a vector register."""
@@ -47,6 +48,16 @@ def parts_of_rows(num_rows: int, blocks_per_row: int) -> list[slice]:
     """
     rows = max(MAX_TABLE_BYTES // (4 * blocks_per_row), 1)
     return [slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows)]
+
+
+def quotient(dividend: Any, divisor: int) -> Any:
+    """Within a kernel, of traced integers that are not negative. `//` would round down by their signs, whose code depends on the chip."""
+    return lax.div(dividend, lax.full_like(dividend, divisor))
+
+
+def quotient_up(dividend: Any, divisor: int) -> Any:
+    """The same, rounded up; 0 or less for negative ones."""
+    return quotient(dividend + (divisor - 1), divisor)
 
 
 class HeadMajor:

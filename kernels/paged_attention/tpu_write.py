@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
-from quire.kernels.paged_attention.tpu_format import GROUP, LANES, parts_of_rows, rows_of_tokens
+from quire.kernels.paged_attention.tpu_format import GROUP, LANES, parts_of_rows, quotient, quotient_up, rows_of_tokens
 
 GROUPS_AHEAD = 8
 """About how many groups are being read at any time."""
@@ -117,18 +117,18 @@ def _kernel(
     def groups_of(row: Any) -> tuple[Any, Any]:
         """First group of the row's request that has a new token of the row, and the one after the last. Equal for padding."""
         seq_len, query_len = seq_lens[row], query_lens[row]
-        begin = (seq_len - query_len) // group
-        return begin, jnp.where(query_len > 0, pl.cdiv(seq_len, group), begin)
+        begin = quotient(seq_len - query_len, group)
+        return begin, jnp.where(query_len > 0, quotient_up(seq_len, group), begin)
 
     def address_of(row: Any, idx: Any) -> Any:
         """Which group of the whole cache the idx-th group of the row's request is."""
-        return tables[row * blocks_per_row + idx // groups_per_block] * groups_per_block + lax.rem(
+        return tables[row * blocks_per_row + quotient(idx, groups_per_block)] * groups_per_block + lax.rem(
             idx, groups_per_block
         )
 
     def in_cache(address: Any) -> Any:
         offset = pl.multiple_of(lax.rem(address, groups_per_block) * group, group)
-        return cache.at[address // groups_per_block, :, pl.ds(offset, group), :]
+        return cache.at[quotient(address, groups_per_block), :, pl.ds(offset, group), :]
 
     def reading(address: Any, slot: Any) -> Any:
         return pltpu.make_async_copy(in_cache(address), slots.at[slot], read_done.at[slot])
