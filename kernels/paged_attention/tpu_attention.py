@@ -57,10 +57,10 @@ class Tuning:
     """Numbers of one kind of chip, from tpu_tuning.json."""
 
     keys_per_tile: int
-    num_buffers: int
-    """Tiles in fast memory: one worked on, the others on their way."""
     buffer_mib: int
-    """Fast memory for them all; tiles are made smaller where heads are many."""
+    """Fast memory for the tiles that are worked on and on their way; where heads are many, tiles are smaller."""
+    max_buffers: int
+    """How many tiles that may be. Few heads make small tiles, of which more must be on their way to keep memory busy."""
     queries_per_product: int
     """Query vectors of a head that are worked on together."""
     vmem_limit_mib: int
@@ -127,12 +127,13 @@ def _by_kv_head(q: jax.Array, num_kv_heads: int) -> jax.Array:
     return jnp.pad(vectors, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
 
 
-def _blocks_per_tile(block_size: int, max_blocks: int, block_bytes: int, tuning: Tuning) -> int:
-    """As many as the tuning wants and fast memory holds, such that the keys fill whole registers of scores."""
+def _tiles(block_size: int, max_blocks: int, block_bytes: int, tuning: Tuning) -> tuple[int, int]:
+    """Blocks of a tile, and how many tiles have room: whole registers of scores, and three tiles where they can be."""
     fewest = math.lcm(block_size, LANES) // block_size
     wanted = min(tuning.keys_per_tile // block_size, -(-max_blocks // fewest) * fewest)
-    fitting = tuning.buffer_mib * 2**20 // (tuning.num_buffers * block_bytes)
-    return max(min(wanted, fitting) // fewest, 1) * fewest
+    room = tuning.buffer_mib * 2**20 // block_bytes
+    blocks_per_tile = max(min(wanted, room // 3) // fewest, 1) * fewest
+    return blocks_per_tile, min(max(room // blocks_per_tile, 2), tuning.max_buffers)
 
 
 def _queries_per_product(num_vectors: int, most: int) -> int:
@@ -161,7 +162,7 @@ def _attend(
     num_rows, num_kv_heads, num_vectors, lanes = vectors.shape
     _, num_planes, block_size, _ = kv_cache.shape
     block_bytes = num_planes * block_size * LANES * kv_cache.dtype.itemsize
-    blocks_per_tile = _blocks_per_tile(block_size, block_tables.shape[1], block_bytes, tuning)
+    blocks_per_tile, num_buffers = _tiles(block_size, block_tables.shape[1], block_bytes, tuning)
     own_row = pl.BlockSpec((None, num_kv_heads, num_vectors, lanes), lambda row, *_: (row, 0, 0, 0))
     kernel = partial(
         _kernel,
@@ -179,8 +180,8 @@ def _attend(
             in_specs=[own_row, pl.BlockSpec(memory_space=pl.ANY)],
             out_specs=own_row,
             scratch_shapes=[
-                pltpu.VMEM((tuning.num_buffers, num_planes, blocks_per_tile, block_size, LANES), kv_cache.dtype),
-                pltpu.SemaphoreType.DMA((tuning.num_buffers,)),
+                pltpu.VMEM((num_buffers, num_planes, blocks_per_tile, block_size, LANES), kv_cache.dtype),
+                pltpu.SemaphoreType.DMA((num_buffers,)),
                 pltpu.SMEM((4,), jnp.int32),
                 pltpu.VMEM((num_kv_heads, num_vectors, LANES), jnp.float32),
                 pltpu.VMEM((num_kv_heads, num_vectors, LANES), jnp.float32),
@@ -259,9 +260,13 @@ def _kernel(
         return pltpu.make_async_copy(cache.at[tables[row * blocks_per_row + block]], place, arrived.at[slot])
 
     def move_to_row(row: Any) -> None:
-        """Sets the cursor to the first tile of the first row from `row` on that has any."""
-        row = lax.while_loop(
-            lambda row: (row < num_rows) & (query_lens[jnp.minimum(row, num_rows - 1)] == 0), lambda row: row + 1, row
+        """Sets the cursor to the first tile of the first row from `row` on that has any, or beyond the last row."""
+
+        def with_length(row: Any) -> tuple[Any, Any]:
+            return row, query_lens[jnp.minimum(row, num_rows - 1)]
+
+        row, _ = lax.while_loop(
+            lambda at: (at[0] < num_rows) & (at[1] == 0), lambda at: with_length(at[0] + 1), with_length(row)
         )
         cursor[ROW] = row
         cursor[TILE] = tiles_of(jnp.minimum(row, num_rows - 1))[0]
@@ -373,8 +378,7 @@ def _kernel(
     def first_row() -> None:
         cursor[NUM_FETCHED] = cursor[NUM_TAKEN] = 0
         move_to_row(jnp.int32(0))
-        for _ in range(num_buffers - 1):
-            fetch()
+        lax.fori_loop(0, num_buffers - 1, lambda _, carry: fetch(), None)
 
     highest[...] = jnp.full(highest.shape, MASKED, jnp.float32)
     total[...] = jnp.zeros(total.shape, jnp.float32)
