@@ -8,6 +8,7 @@
     │   └── CheckpointError                  a tensor missing, left over, or of the wrong shape
     ├── BackendError                         a device that is absent or cannot do what was asked
     │   └── KernelUnavailableError           an implementation asked for by name that cannot run here
+    ├── NkiError                             an NKI kernel that breaks a rule of the hardware, found by the emulator
     ├── OutOfBlocksError                     the KV cache cannot hold even one request
     ├── EngineDeadError                      the engine failed earlier and takes no more work
     ├── NotServingError                      the server takes no request now: it is starting, or about to stop
@@ -53,6 +54,16 @@ class BackendError(QuireError):
 
 class KernelUnavailableError(BackendError):
     """An implementation that was asked for by name and cannot run here."""
+
+
+class NkiError(QuireError):
+    """An NKI kernel that breaks a rule of the hardware. `rule` names it, `place` is the kernel's line as file:line."""
+
+    def __init__(self, message: str, *, rule: str, generation: str, place: str) -> None:
+        super().__init__(f"{place}: {rule} ({generation}): {message}")
+        self.rule = rule
+        self.generation = generation
+        self.place = place
 
 
 class OutOfBlocksError(QuireError):
