@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quire.kernels.nki.checks import read
+from quire.kernels.nki.checks import check_start_partition, read
 from quire.kernels.nki.rules import refuse
 from quire.kernels.nki.tensor import Indirection
 
@@ -18,9 +18,15 @@ class Places:
     elements: np.ndarray  # [rows, elements of a row]
     valid: np.ndarray  # [rows] bool
 
+    def moved(self) -> tuple[int, int]:
+        """How many elements a copy moves, and in how many rows."""
+        num_rows = int(self.valid.sum())
+        return num_rows * self.elements.shape[1], num_rows
+
 
 def resolve(indirection: Indirection, storage_size: int, skip: bool) -> Places:
     """Reads the indices and gives the places. Out of bounds is refused, or left out with `skip`."""
+    check_start_partition(indirection.index)
     idx = read(indirection.index).reshape(-1).astype(np.int64)
     pattern = indirection.pattern
     # The first step of a vector's pattern is documented as ignored: the index says where each row starts.

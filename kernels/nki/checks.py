@@ -7,7 +7,7 @@ import numpy as np
 from quire.kernels.nki.core import PSUM_BANK_BYTES, current
 from quire.kernels.nki.dtypes import INTEGERS, convert, to_float32
 from quire.kernels.nki.rules import refuse
-from quire.kernels.nki.tensor import EMPTY, ON_CHIP, PSUM, WRITTEN, NkiTensor
+from quire.kernels.nki.tensor import EMPTY, MAX_FREE_AXES, ON_CHIP, PSUM, WRITTEN, NkiTensor
 
 
 def read(tensor: NkiTensor) -> np.ndarray:
@@ -49,6 +49,8 @@ def check_operands(*tensors: NkiTensor, spaces: tuple[str, ...] = ON_CHIP, rule:
             refuse("indirect-operand", "only DMA reads or writes an indirect tensor; copy it to SBUF")
         if tensor.buffer not in spaces:
             refuse(rule, f"{tensor!r} lies in {tensor.buffer}, and the instruction reaches {' and '.join(spaces)}")
+        if tensor.ndim > 1 + MAX_FREE_AXES:
+            refuse("rank", f"a view of shape {tensor.shape} has more than {MAX_FREE_AXES} free axes; flatten some")
         check_start_partition(tensor)
 
 

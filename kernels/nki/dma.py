@@ -49,13 +49,12 @@ def dma_copy(
     if dst.values.size != src.values.size:
         refuse("dma-elements", f"{src.values.size} elements into {dst.values.size}; shapes {src.shape} and {dst.shape}")
     if src.indirection is not None:
-        rows = _gather(dst, src, skip)
+        _count(dst, *_gather(dst, src, skip))
     elif dst.indirection is not None:
-        rows = _scatter(dst, src, skip)
+        _count(dst, *_scatter(dst, src, skip))
     else:
         _write_copied(dst, src, read(src).reshape(dst.shape))
-        rows = max(_rows(dst), _rows(src))
-    current().costs.dma(dst.values.size * dst.values.itemsize, rows)
+        _count(dst, dst.values.size, max(_rows(dst), _rows(src)))
     if dge_mode.value == "swdge" or _has_vector(dst) or _has_vector(src):
         current().costs.compute(Engine.gpsimd.value, 0)  # makes the descriptors
 
@@ -118,8 +117,12 @@ def _has_vector(tensor: NkiTensor) -> bool:
     return tensor.indirection is not None and tensor.indirection.is_vector
 
 
-def _gather(dst: NkiTensor, src: NkiTensor, skip: bool) -> int:
-    """Rows of `src` into dst; those skipped leave dst as it is, unwritten included. Gives how many rows were moved."""
+def _count(dst: NkiTensor, num_elements: int, num_rows: int) -> None:
+    current().costs.dma(num_elements * dst.values.itemsize, num_rows)
+
+
+def _gather(dst: NkiTensor, src: NkiTensor, skip: bool) -> tuple[int, int]:
+    """Rows of `src` into dst; those skipped leave dst as it is, unwritten included. Gives the elements and rows moved."""
     places = _places(src, skip)
     flat, state = src.storage.values.reshape(-1), src.storage.state.reshape(-1)
     if (state[places.elements[places.valid]] == EMPTY).any():
@@ -130,11 +133,11 @@ def _gather(dst: NkiTensor, src: NkiTensor, skip: bool) -> int:
     moved_state = np.where(is_moved, WRITTEN, dst.state)
     write_exact(dst, np.where(is_moved, fetched, dst.values))
     dst.state[...] = moved_state
-    return int(places.valid.sum())
+    return places.moved()
 
 
-def _scatter(dst: NkiTensor, src: NkiTensor, skip: bool) -> int:
-    """Rows of src to their places in `dst`. Gives how many rows were moved."""
+def _scatter(dst: NkiTensor, src: NkiTensor, skip: bool) -> tuple[int, int]:
+    """Rows of src to their places in `dst`. Gives the elements and rows moved."""
     places = _places(dst, skip)
     values = _converted(read(src), src, dst).reshape(places.elements.shape)[places.valid]
     elements = places.elements[places.valid]
@@ -143,7 +146,7 @@ def _scatter(dst: NkiTensor, src: NkiTensor, skip: bool) -> int:
     # Whole storages are contiguous, so that these are views.
     dst.storage.values.reshape(-1)[elements] = values
     dst.storage.state.reshape(-1)[elements] = WRITTEN
-    return int(places.valid.sum())
+    return places.moved()
 
 
 def _places(tensor: NkiTensor, skip: bool) -> Places:

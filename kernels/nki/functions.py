@@ -128,7 +128,7 @@ def function_of(op: object) -> Function:
 def reciprocal(values: np.ndarray) -> np.ndarray:
     """1 / x in the range that is documented."""
     low, high = RECIPROCAL_RANGE
-    outside = ~((np.abs(values) >= low) & (np.abs(values) <= high))
+    outside = np.isfinite(values) & ((np.abs(values) < low) | (np.abs(values) > high))
     if outside.any():
         refuse("activation-range", f"reciprocal of {values[outside].flat[0]} is outside ±2^±42; clamp it first")
     return (np.float32(1) / values).astype(np.float32)

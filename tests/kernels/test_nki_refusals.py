@@ -115,6 +115,7 @@ PROGRAMS = [
     Program("partitions", lambda: new(256, 4, buffer=nl.psum), lambda: new(256, 4, buffer=nl.hbm)),
     Program("rank", lambda: new(128), lambda: new(128, 1)),
     Program("rank", lambda: new(8, 1, 1, 1, 1, 2), lambda: new(8, 1, 1, 1, 2)),
+    Program("rank", lambda: act(sb(8, 1, 1, 1, 2).expand_dim(1)), lambda: act(sb(8, 1, 1, 2).expand_dim(1))),
     Program("dtype", lambda: new(8, 4, dtype="float64"), lambda: new(8, 4, dtype="float16")),
     on_gen("dtype", "gen3", lambda: new(8, 4, dtype="float8_e4m3fn"), first="gen4"),
     Program("buffer", lambda: new(8, 4, buffer="l2"), lambda: new(8, 4, buffer=nl.private_hbm)),
@@ -142,6 +143,11 @@ PROGRAMS = [
     Program("start-partition", lambda: act(sb(128, 4)[32:96]), lambda: act(sb(128, 4)[64:128])),
     Program("start-partition", lambda: act(sb(128, 4)[5]), lambda: act(sb(128, 4)[96])),
     Program("start-partition", lambda: dma(new(128, 4)[8:16], hbm(8, 4)), lambda: dma(new(128, 4)[0:8], hbm(8, 4))),
+    Program(
+        "start-partition",
+        lambda: dma(new(2, 4), rows(hbm(8, 4), sb(128, 1, dtype=I32)[2:4])),
+        lambda: dma(new(2, 4), rows(hbm(8, 4), sb(128, 1, dtype=I32)[32:34])),
+    ),
     # Views
     Program("index-bounds", lambda: sb(8, 4)[:, 0:5], lambda: sb(8, 4)[:, 0:4]),
     Program("index-bounds", lambda: sb(8, 4)[:, nl.ds(2, 3)], lambda: sb(8, 4)[:, nl.ds(2, 2)]),

@@ -1,0 +1,107 @@
+"""The NKI kernels pass the suite of paged attention on the emulator, by the rules of each generation of NeuronCore.
+
+Beside the suite's own cases: tiles of 512 keys made of gathers of 128, heads of one and of several contractions, group sizes and widths.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from quire.kernels.op import OpContext
+from quire.kernels.paged_attention import nki
+from tests.kernels.paged_attention_suite import Case, PagedAttentionConformance, Problem, expected_output, make_problem
+
+LONG = ((600, 1), (127, 1), (511, 1), (0, 1), (0, 0))  # several tiles, up to and across their ends; padding
+BF16 = {"dtype": "bfloat16"}
+
+CASES = [
+    Case("several_tiles", LONG, block_size=16),
+    Case("several_tiles_bfloat16", LONG, block_size=16, **BF16),
+    *(Case(f"head_dim_{h}_bfloat16", ((140, 1), (5, 1)), head_dim=h, block_size=32, **BF16) for h in (64, 80, 96, 128)),
+    *(Case(f"head_dim_{h}", ((140, 2), (5, 1)), head_dim=h, block_size=32) for h in (64, 80, 96, 128, 256)),
+    *(Case(f"group_of_{g}", ((140, 2), (0, 2)), num_heads=2 * g, block_size=16, **BF16) for g in (1, 3, 4, 8)),
+    *(Case(f"width_{w}", ((130, w), (62, w), (0, w)), block_size=16, **BF16) for w in (1, 4, 8)),
+    *(Case(f"blocks_of_{b}", ((200, 2), (1, 1)), block_size=b, **BF16) for b in (8, 24, 64, 128)),
+    Case("window_over_tiles", ((600, 3), (129, 2)), block_size=16, sliding_window=130),
+    Case("window_within_a_gather", ((600, 3), (129, 2)), block_size=16, sliding_window=5, **BF16),
+    Case("soft_cap_over_tiles", ((600, 1),), block_size=16, soft_cap=1.5),
+]
+CONTEXT = OpContext("neuron", "NC_v2", "bfloat16", num_heads=8, num_kv_heads=2, head_dim=128, block_size=32)
+
+
+LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}
+"""Of an element, relative to the row's largest."""
+
+
+class NkiConformance(PagedAttentionConformance):
+    """The suite; a subclass says which generation is emulated."""
+
+    writes_padding = False
+
+    def check_output(self, case: Case, problem: Problem, out: np.ndarray) -> None:
+        super().check_output(case, problem, out)
+        for row, (_, new) in enumerate(case.rows):
+            expected = expected_output(case, problem, row, case.head_dim**-0.5)
+            error = np.abs(out[row, :new] - expected).max(initial=0)
+            assert error <= LARGEST_ERROR[case.dtype] * np.abs(expected).max(initial=0), error
+
+    def refuses(self, case: Case) -> str | None:
+        width = max(new for _, new in case.rows) + case.padding
+        context = replace(
+            CONTEXT,
+            dtype=case.cache_dtype or case.dtype,
+            num_heads=case.num_heads,
+            num_kv_heads=case.num_kv_heads,
+            head_dim=case.head_dim,
+        )
+        return nki.refuses(context, width)
+
+
+class TestGen2(NkiConformance):
+    write_kv = partial(nki.write_kv, launch=nki.on_emulator("gen2"))
+    attention = partial(nki.paged_attention, launch=nki.on_emulator("gen2"))
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    def test_attends_right_where_tiles_and_parts_end(self, case: Case) -> None:
+        self.test_attends_to_the_rows_history_and_writes_only_the_new_tokens(case)
+
+    def test_a_row_of_nan_does_not_reach_its_neighbours(self) -> None:
+        """Their products go through the same tiles of SBUF and PSUM."""
+        case = Case("poisoned", ((200, 1), (200, 1)), block_size=16)
+        problem = make_problem(case)
+        clean, _ = self.run(case, problem)
+        problem.k[0], problem.v[0], problem.q[0] = np.nan, np.nan, np.nan
+        poisoned, _ = self.run(case, problem)
+        assert np.isnan(poisoned[0]).all()
+        np.testing.assert_array_equal(poisoned[1], clean[1])
+
+
+class TestGen3(NkiConformance):
+    write_kv = partial(nki.write_kv, launch=nki.on_emulator("gen3"))
+    attention = partial(nki.paged_attention, launch=nki.on_emulator("gen3"))
+
+
+class Gen4(NkiConformance):
+    write_kv = partial(nki.write_kv, launch=nki.on_emulator("gen4"))
+    attention = partial(nki.paged_attention, launch=nki.on_emulator("gen4"))
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_gen4_attends_right(case: Case) -> None:
+    Gen4().test_attends_to_the_rows_history_and_writes_only_the_new_tokens(case)
+
+
+@pytest.mark.parametrize(
+    ("changes", "width", "reason"),
+    [
+        ({"dtype": "uint16"}, 1, "uint16"),
+        ({"num_heads": 64}, 8, "256 queries"),
+        ({"head_dim": 129}, 1, "head_dim 129"),
+        ({}, 8, None),
+    ],
+)
+def test_what_the_kernels_cannot_serve_is_said(changes: dict, width: int, reason: str | None) -> None:
+    said = nki.refuses(replace(CONTEXT, **changes), width)
+    assert said is None if reason is None else reason in str(said)
