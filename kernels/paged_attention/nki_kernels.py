@@ -3,16 +3,17 @@
 Within what NeuronCore-v2 takes: float32 PSUM, DMA by software descriptors, biases as tiles, loops that are unrolled. Nothing here imports
 quire or is decorated: nki.py says how it is called, and `quire.kernels.nki` how it is emulated.
 
-R rows, K key/value heads, Q = G x W queries per key/value head (G query heads of W tokens each, the head outermost), H head_dim,
-S keys, padded to a multiple of 128; L = 2 x K x H numbers that the cache holds of a token: k0, v0, k1, v1, ...
+R rows, K key/value heads, Q queries of a row per key/value head, padded to 32, 64 or 128, H head_dim, S keys, padded to a multiple
+of 128; L = 2 x K x H numbers that the cache holds of a token: k0, v0, k1, v1, ...
 
-A row's keys pass in tiles of up to 512, four gathers of 128 token rows: as many scores per query as one bank of PSUM holds.
-Per tile and head:
+A row's keys pass in tiles of up to 512, four gathers of 128 token rows: as many scores per query as one bank of PSUM holds. The
+time of VectorE and ScalarE depends on how many keys a tile has, not on how many of the 128 partitions are in use, so the queries of
+several heads are stacked on partitions: P = Q x heads of a group, each head where an instruction may start. Per tile:
 
-    K  [128, H]  --TensorE-->  K^T [H, 512]       transposed, since H must lie on partitions to be contracted
-    q^T [H, Q],  K^T           scores [Q, 512]    masked, then their exponentials, with row sums from ScalarE for free
-    P  [Q, 512]  --TensorE-->  P^T [128, Q] x 4
-    P^T, V [128, H]            [Q, H]             summed over the four in PSUM, then into the running output
+    K  [128, H]  --TensorE-->  K^T [H, 512]       per head: H must lie on partitions to be contracted
+    q^T [H, Q],  K^T           scores [P, 512]    product per head; mask and exponentials per group, row sums for free
+    w  [P, 512]  --TensorE-->  w^T [128, P] x 4   per group
+    w^T [128, Q], V [128, H]   [P, H]             per head, summed over the four in PSUM; then into the group's running output
 """
 
 # Front ends of NKI parse kernels and are not known to take annotations; and AWS's package, where it is installed, has no types.
@@ -22,90 +23,117 @@ import nki.isa as nisa
 import nki.language as nl
 
 ROWS = 128  # of one gather: one per partition
-GATHERS = 4  # of one tile
+BUFFERS = 2  # tiles of keys: one is gathered into while the other is attended to
+# Added to the scores of keys that a query does not see. Finite, since a transpose on NeuronCore-v2 multiplies by zeros.
+MASKED = -1.0e30
 
 
-def decode_attention(q, kv_cache, slots, mask, scale, soft_cap):
+def decode_attention(q, kv_cache, slots, bounds, scale, soft_cap, has_window, gathers_per_tile):
     """Attends each row's queries to its keys, by an online softmax over tiles of them.
 
     Args:
-        q: [R, K, H, Q], not scaled; its dtype is the cache's.
+        q: [R, h, H / h, K, Q], not scaled; its dtype is the cache's. A head_dim above 128 is contracted in parts of h.
         kv_cache: [num_blocks, block_size, 2K, H].
-        slots: [R, S] int32, the place of each key as block * block_size + offset. A key that no query of its row sees has the number of
-            slots, which lies outside and is not fetched: what the cache holds there may be anything, NaN included.
-        mask: [R, W, S] float32, added to the scores: 0, or a large negative number, finite.
+        slots: [R, 128, S / 128] int32, the place of key t * 128 + p at [p, t], as block * block_size + offset. A key that no query of
+            its row sees has the number of slots, which lies outside and is not fetched: what the cache holds there may be anything.
+        bounds: [R, P, 2] float32: each query sees the keys from the first up to but not including the second, the same for every
+            head of a group; P is Q times min(128 / Q, K).
         scale: multiplies the scores.
         soft_cap: scores become soft_cap * tanh(scores / soft_cap); 0 for none.
+        has_window: whether first bounds are above 0.
+        gathers_per_tile: 1 to 4, as SBUF has room.
 
-    Returns: [R, K, Q, H] in q's dtype.
+    Returns: [R, K * Q, H] in q's dtype.
     """
-    num_rows, num_kv_heads, head_dim, num_queries = q.shape
-    num_keys = slots.shape[1]
-    out = nl.ndarray((num_rows, num_kv_heads, num_queries, head_dim), q.dtype, buffer=nl.shared_hbm)
+    num_rows, part, num_parts, num_kv_heads, num_queries = q.shape
+    head_dim = part * num_parts
+    num_gathers = slots.shape[2]
+    lanes = bounds.shape[1]
+    heads_per_group = lanes // num_queries
+    num_groups = (num_kv_heads + heads_per_group - 1) // heads_per_group
+    out = nl.ndarray((num_rows, num_kv_heads * num_queries, head_dim), q.dtype, buffer=nl.shared_hbm)
+    key_idx = nl.ndarray((lanes, ROWS * gathers_per_tile), nl.float32, buffer=nl.sbuf)
+    nisa.iota(dst=key_idx, pattern=[[1, ROWS * gathers_per_tile]])
     for row in range(num_rows):
-        queries = load_queries(q, row)
-        index = load_index(slots, row)
-        neg_max = nl.ndarray((num_queries, num_kv_heads), nl.float32, buffer=nl.sbuf)
-        total = nl.ndarray((num_queries, num_kv_heads), nl.float32, buffer=nl.sbuf)
-        acc = nl.ndarray((num_queries, num_kv_heads, head_dim), nl.float32, buffer=nl.sbuf)
-        for start in range(0, num_keys, ROWS * GATHERS):
-            num_gathers = min(GATHERS, (num_keys - start) // ROWS)
-            kv = gather(kv_cache, index, start // ROWS, num_gathers, q.dtype)
-            bias = load_mask(mask, row, start, num_gathers * ROWS, num_queries)
-            for head in range(num_kv_heads):
-                keys_t = transposed_keys(kv, head, queries.shape[0], queries.shape[1])
-                scores = masked_scores(queries, keys_t, head, bias, scale, soft_cap)
-                online_softmax_step(scores, kv, head, start == 0, neg_max, total, acc)
-        store(out, row, total, acc)
+        queries = load(q[row])  # [h, H / h, K, Q]
+        index = load(slots[row])  # [128, S / 128]
+        limits = load(bounds[row])  # [P, 2]
+        buffers = cleared_buffers(kv_cache, q.dtype, gathers_per_tile)
+        neg_max = nl.ndarray((lanes, num_groups), nl.float32, buffer=nl.sbuf)
+        total = nl.ndarray((lanes, num_groups), nl.float32, buffer=nl.sbuf)
+        acc = nl.ndarray((lanes, num_groups, head_dim), nl.float32, buffer=nl.sbuf)
+        for first in range(0, num_gathers, gathers_per_tile):
+            size = min(gathers_per_tile, num_gathers - first)
+            kv = buffers[:, (first // gathers_per_tile) % BUFFERS, 0:size]
+            gather(kv, kv_cache, index, first)
+            bias = mask(key_idx[:, 0 : size * ROWS], limits, first * ROWS, has_window)
+            for group in range(num_groups):
+                first_head = group * heads_per_group
+                num_heads = min(heads_per_group, num_kv_heads - first_head)
+                used = num_heads * num_queries
+                scores = masked_scores(queries, kv, first_head, bias[0:used], scale, soft_cap)
+                online_softmax_step(
+                    scores,
+                    kv,
+                    first_head,
+                    num_queries,
+                    first == 0,
+                    neg_max[0:used, group : group + 1],
+                    total[0:used, group : group + 1],
+                    acc[0:used, group, :],
+                )
+        for group in range(num_groups):
+            first_lane = group * lanes
+            used = min(lanes, num_kv_heads * num_queries - first_lane)
+            store(out[row, first_lane : first_lane + used, :], total[0:used, group : group + 1], acc[0:used, group, :])
     return out
 
 
-def load_queries(q, row):
-    """[h, H / h, K, Q] of q [R, K, H, Q]: a head_dim above 128 is contracted in parts of h."""
-    _, num_kv_heads, head_dim, num_queries = q.shape
-    num_parts = (head_dim + ROWS - 1) // ROWS
-    part = head_dim // num_parts
-    queries = nl.ndarray((part, num_parts, num_kv_heads, num_queries), q.dtype, buffer=nl.sbuf)
-    pattern = [
-        [num_queries, part],
-        [part * num_queries, num_parts],
-        [head_dim * num_queries, num_kv_heads],
-        [1, num_queries],
-    ]
-    nisa.dma_copy(dst=queries, src=q.ap(pattern=pattern, offset=row * num_kv_heads * head_dim * num_queries))
-    return queries
+def load(x):
+    """A tile of the same shape in SBUF. Rows are contiguous in HBM: XLA laid them out so."""
+    tile = nl.ndarray(x.shape, x.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=x)
+    return tile
 
 
-def load_index(slots, row):
-    """[128, S / 128] int32: key t * 128 + p of the row at [p, t]."""
-    num_keys = slots.shape[1]
-    num_gathers = num_keys // ROWS
-    index = nl.ndarray((ROWS, num_gathers), slots.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=index, src=slots.ap(pattern=[[1, ROWS], [ROWS, num_gathers]], offset=row * num_keys))
-    return index
+def cleared_buffers(kv_cache, dtype, gathers_per_tile):
+    """[128, 2, gathers, 2K, H] of zeros. Rows that are not gathered keep what was there: zeros, or finite keys of the same request
+    that its mask leaves out. Buffers that outlived a row would let one request's NaN reach another."""
+    _, _, num_heads, head_dim = kv_cache.shape
+    buffers = nl.ndarray((ROWS, BUFFERS, gathers_per_tile, num_heads, head_dim), dtype, buffer=nl.sbuf)
+    nisa.memset(dst=buffers, value=0.0)
+    return buffers
 
 
-def gather(kv_cache, index, first, num_gathers, dtype):
-    """[128, num_gathers, L]: token rows, zeros where the row has no key. Zeros first, since a skipped row is left as it was."""
+def gather(kv, kv_cache, index, first):
+    """Token rows into kv [128, gathers, 2K, H], from gather `first` of the row on; keys that nobody sees are skipped."""
     num_blocks, block_size, num_heads, head_dim = kv_cache.shape
     width = num_heads * head_dim
     table = kv_cache.reshape((num_blocks * block_size, width))
-    kv = nl.ndarray((ROWS, num_gathers, width), dtype, buffer=nl.sbuf)
-    nisa.memset(dst=kv, value=0.0)
-    for i in range(num_gathers):
+    for i in range(kv.shape[1]):
         rows = table.ap(
             pattern=[[width, ROWS], [1, width]], vector_offset=index[:, first + i : first + i + 1], indirect_dim=0
         )
-        nisa.dma_copy(dst=kv[:, i, :], src=rows, oob_mode=nisa.oob_mode.skip)
-    return kv.reshape((ROWS, num_gathers, num_heads, head_dim))
+        nisa.dma_copy(dst=kv[:, i], src=rows, oob_mode=nisa.oob_mode.skip)
 
 
-def load_mask(mask, row, start, num_keys, num_queries):
-    """[Q, num_keys] float32: the mask of the W tokens once for each of the G heads."""
-    _, width, row_size = mask.shape
-    bias = nl.ndarray((num_queries, num_keys), nl.float32, buffer=nl.sbuf)
-    pattern = [[0, num_queries // width], [row_size, width], [1, num_keys]]
-    nisa.dma_copy(dst=bias, src=mask.ap(pattern=pattern, offset=row * width * row_size + start))
+def mask(key_idx, limits, start, has_window):
+    """[P, keys] float32: 0 where a query sees a key, MASKED elsewhere, for the keys from `start` on; key_idx counts from 0."""
+    lanes = key_idx.shape[0]
+    local = nl.ndarray((lanes, 2), nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=local, data=limits, op0=nl.subtract, operand0=float(start))
+    bias = nl.ndarray(key_idx.shape, nl.float32, buffer=nl.sbuf)
+    if has_window:
+        seen = nl.ndarray(key_idx.shape, nl.float32, buffer=nl.sbuf)
+        nisa.tensor_scalar(dst=seen, data=key_idx, op0=nl.less, operand0=local[:, 1:2])
+        nisa.scalar_tensor_tensor(
+            dst=seen, data=key_idx, op0=nl.greater_equal, operand0=local[:, 0:1], op1=nl.multiply, operand1=seen
+        )
+        nisa.tensor_scalar(dst=bias, data=seen, op0=nl.subtract, operand0=1.0, op1=nl.multiply, operand1=-MASKED)
+    else:
+        nisa.tensor_scalar(
+            dst=bias, data=key_idx, op0=nl.greater_equal, operand0=local[:, 1:2], op1=nl.multiply, operand1=MASKED
+        )
     return bias
 
 
@@ -115,33 +143,40 @@ def transposed_dtype(dtype):
 
 
 def transposed_keys(kv, head, part, num_parts):
-    """[h, H / h, keys] of one head, in the cache's dtype."""
+    """[h, H / h, keys] of one head, in the cache's dtype. ScalarE copies them out of PSUM, as VectorE has more to do."""
     num_gathers = kv.shape[1]
-    num_keys = num_gathers * ROWS
-    keys_t = nl.ndarray((part, num_parts, num_keys), kv.dtype, buffer=nl.sbuf)
+    keys_t = nl.ndarray((part, num_parts, num_gathers * ROWS), kv.dtype, buffer=nl.sbuf)
     for i in range(num_parts):
-        in_psum = nl.ndarray((part, num_keys), transposed_dtype(kv.dtype), buffer=nl.psum)
+        in_psum = nl.ndarray((part, num_gathers * ROWS), transposed_dtype(kv.dtype), buffer=nl.psum)
         for j in range(num_gathers):
             nisa.nc_transpose(
                 dst=in_psum[:, j * ROWS : (j + 1) * ROWS],
                 data=kv[:, j, 2 * head, i * part : (i + 1) * part],
                 engine=nisa.engine.tensor,
             )
-        nisa.tensor_copy(dst=keys_t[:, i, :], src=in_psum)
+        nisa.activation(dst=keys_t[:, i, :], op=nl.copy, data=in_psum)
     return keys_t
 
 
-def masked_scores(queries, keys_t, head, bias, scale, soft_cap):
-    """[Q, keys] float32."""
-    num_queries, num_keys = bias.shape
-    product = nl.ndarray((num_queries, num_keys), nl.float32, buffer=nl.psum)
-    for i in range(queries.shape[1]):
-        nisa.nc_matmul(dst=product, stationary=queries[:, i, head, :], moving=keys_t[:, i, :], accumulate=i > 0)
-    scores = nl.ndarray((num_queries, num_keys), nl.float32, buffer=nl.sbuf)
+def masked_scores(queries, kv, first_head, bias, scale, soft_cap):
+    """[P, keys] float32 of the heads of a group, which start at `first_head`."""
+    part, num_parts, _, num_queries = queries.shape
+    lanes, num_keys = bias.shape
+    product = nl.ndarray((lanes, num_keys), nl.float32, buffer=nl.psum)
+    for i in range(lanes // num_queries):
+        keys_t = transposed_keys(kv, first_head + i, part, num_parts)
+        for j in range(num_parts):
+            nisa.nc_matmul(
+                dst=product[i * num_queries : (i + 1) * num_queries, :],
+                stationary=queries[:, j, first_head + i, :],
+                moving=keys_t[:, j, :],
+                accumulate=j > 0,
+            )
+    scores = nl.ndarray((lanes, num_keys), nl.float32, buffer=nl.sbuf)
     if soft_cap == 0:
         nisa.scalar_tensor_tensor(dst=scores, data=product, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=bias)
     else:
-        capped = nl.ndarray((num_queries, num_keys), nl.float32, buffer=nl.sbuf)
+        capped = nl.ndarray((lanes, num_keys), nl.float32, buffer=nl.sbuf)
         nisa.activation(dst=capped, op=nl.tanh, data=product, scale=scale / soft_cap)
         nisa.scalar_tensor_tensor(
             dst=scores, data=capped, op0=nl.multiply, operand0=soft_cap, op1=nl.add, operand1=bias
@@ -149,19 +184,18 @@ def masked_scores(queries, keys_t, head, bias, scale, soft_cap):
     return scores
 
 
-def online_softmax_step(scores, kv, head, is_first, neg_max, total, acc):
-    """Takes one tile's scores [Q, keys] into a head's running maximum (negated, as exp's bias wants it), sum and output."""
-    num_queries, num_keys = scores.shape
-    tile_max = nl.ndarray((num_queries, 1), nl.float32, buffer=nl.sbuf)
-    tile_total = nl.ndarray((num_queries, 1), nl.float32, buffer=nl.sbuf)
-    correction = nl.ndarray((num_queries, 1), nl.float32, buffer=nl.sbuf)
-    weights = nl.ndarray((num_queries, num_keys), kv.dtype, buffer=nl.sbuf)
-    old_max = neg_max[:, head : head + 1]
+def online_softmax_step(scores, kv, first_head, num_queries, is_first, neg_max, total, acc):
+    """Takes a tile's scores [P, keys] into a group's running maximum (negated, as exp's bias wants it), sum and output [P, H]."""
+    lanes = scores.shape[0]
+    tile_max = nl.ndarray((lanes, 1), nl.float32, buffer=nl.sbuf)
+    tile_total = nl.ndarray((lanes, 1), nl.float32, buffer=nl.sbuf)
+    correction = nl.ndarray((lanes, 1), nl.float32, buffer=nl.sbuf)
+    weights = nl.ndarray(scores.shape, kv.dtype, buffer=nl.sbuf)
     nisa.tensor_reduce(dst=tile_max, op=nl.maximum, data=scores, axis=1, negate=True)
     if not is_first:
-        nisa.tensor_tensor(dst=tile_max, data1=tile_max, data2=old_max, op=nl.minimum)
-        nisa.activation(dst=correction, op=nl.exp, data=old_max, scale=-1.0, bias=tile_max)
-    nisa.tensor_copy(dst=old_max, src=tile_max)
+        nisa.tensor_tensor(dst=tile_max, data1=tile_max, data2=neg_max, op=nl.minimum)
+        nisa.activation(dst=correction, op=nl.exp, data=neg_max, scale=-1.0, bias=tile_max)
+    nisa.tensor_copy(dst=neg_max, src=tile_max)
     nisa.activation(
         dst=weights,
         op=nl.exp,
@@ -171,9 +205,9 @@ def online_softmax_step(scores, kv, head, is_first, neg_max, total, acc):
         reduce_res=tile_total,
         reduce_cmd=nisa.reduce_cmd.reset_reduce,
     )
-    output = weighted_values(weights, kv, head)
-    add_corrected(total[:, head : head + 1], tile_total, correction, is_first)
-    add_corrected(acc[:, head, :], output, correction, is_first)
+    output = weighted_values(weights, kv, first_head, num_queries)
+    add_corrected(total, tile_total, correction, is_first)
+    add_corrected(acc, output, correction, is_first)
 
 
 def add_corrected(running, new, correction, is_first):
@@ -186,30 +220,34 @@ def add_corrected(running, new, correction, is_first):
         )
 
 
-def weighted_values(weights, kv, head):
-    """[Q, H] float32 in PSUM: the weights [Q, keys] transposed, times the values."""
-    num_queries = weights.shape[0]
+def weighted_values(weights, kv, first_head, num_queries):
+    """[P, H] float32 in PSUM: the weights [P, keys] transposed, times the values of each head."""
+    lanes = weights.shape[0]
     _, num_gathers, _, head_dim = kv.shape
-    in_psum = nl.ndarray((ROWS, num_gathers, num_queries), transposed_dtype(kv.dtype), buffer=nl.psum)
+    in_psum = nl.ndarray((ROWS, num_gathers, lanes), transposed_dtype(kv.dtype), buffer=nl.psum)
     for j in range(num_gathers):
         nisa.nc_transpose(dst=in_psum[:, j, :], data=weights[:, j * ROWS : (j + 1) * ROWS], engine=nisa.engine.tensor)
-    weights_t = nl.ndarray((ROWS, num_gathers, num_queries), kv.dtype, buffer=nl.sbuf)
+    weights_t = nl.ndarray((ROWS, num_gathers, lanes), kv.dtype, buffer=nl.sbuf)
     nisa.tensor_copy(dst=weights_t, src=in_psum)
-    output = nl.ndarray((num_queries, head_dim), nl.float32, buffer=nl.psum)
-    for j in range(num_gathers):
-        nisa.nc_matmul(dst=output, stationary=weights_t[:, j, :], moving=kv[:, j, 2 * head + 1, :], accumulate=j > 0)
+    output = nl.ndarray((lanes, head_dim), nl.float32, buffer=nl.psum)
+    for i in range(lanes // num_queries):
+        for j in range(num_gathers):
+            nisa.nc_matmul(
+                dst=output[i * num_queries : (i + 1) * num_queries, :],
+                stationary=weights_t[:, j, i * num_queries : (i + 1) * num_queries],
+                moving=kv[:, j, 2 * (first_head + i) + 1, :],
+                accumulate=j > 0,
+            )
     return output
 
 
-def store(out, row, total, acc):
-    """Divides by the sums and writes a row's [K, Q, H]. A sum is 1 at least: it holds the weight of the maximum."""
-    num_queries, num_kv_heads, head_dim = acc.shape
-    inverse = nl.ndarray((num_queries, num_kv_heads), nl.float32, buffer=nl.sbuf)
+def store(out, total, acc):
+    """Divides a group's output [P, H] by its sums and writes it. A sum is 1 at least: it holds the weight of the maximum."""
+    inverse = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
     nisa.reciprocal(dst=inverse, data=total)
-    for head in range(num_kv_heads):
-        result = nl.ndarray((num_queries, head_dim), out.dtype, buffer=nl.sbuf)
-        nisa.tensor_scalar(dst=result, data=acc[:, head, :], op0=nl.multiply, operand0=inverse[:, head : head + 1])
-        nisa.dma_copy(dst=out[row, head], src=result)
+    result = nl.ndarray(acc.shape, out.dtype, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=result, data=acc, op0=nl.multiply, operand0=inverse)
+    nisa.dma_copy(dst=out, src=result)
 
 
 def write_kv(kv_cache, kv_new, slots):
