@@ -30,12 +30,16 @@ def load_emulated(module: str) -> ModuleType:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"{module} has no source file")
-    path = Path(spec.origin)
-    loaded = ModuleType(f"{module} on the emulator")
-    loaded.__file__ = str(path)
-    loaded.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import}
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), loaded.__dict__)
-    return loaded
+    return run_emulated(Path(spec.origin).read_text(encoding="utf-8"), spec.origin)
+
+
+def run_emulated(source: str, path: str) -> ModuleType:
+    """A module of `source`, which `path` stands for in tracebacks and refusals, its `import nki...` answered by the emulator."""
+    module = ModuleType(f"{Path(path).stem} on the emulator")
+    module.__file__ = path
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import}
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module
 
 
 def _emulated_package() -> ModuleType:

@@ -98,11 +98,17 @@ def load(x):
 
 def cleared_buffers(kv_cache, dtype, gathers_per_tile):
     """[128, 2, gathers, 2K, H] of zeros. Rows that are not gathered keep what was there: zeros, or finite keys of the same request
-    that its mask leaves out. Buffers that outlived a row would let one request's NaN reach another."""
+    that its mask leaves out. Buffers that outlived a row would let one request's NaN reach another.
+
+    ScalarE writes the zeros, since VectorE, which memset would take, has more to do.
+    """
     _, _, num_heads, head_dim = kv_cache.shape
-    buffers = nl.ndarray((ROWS, BUFFERS, gathers_per_tile, num_heads, head_dim), dtype, buffer=nl.sbuf)
-    nisa.memset(dst=buffers, value=0.0)
-    return buffers
+    zero = nl.ndarray((ROWS, 1), nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=zero, value=0.0)
+    size = BUFFERS * gathers_per_tile * num_heads * head_dim
+    buffers = nl.ndarray((ROWS, size), dtype, buffer=nl.sbuf)
+    nisa.activation(dst=buffers, op=nl.copy, data=zero.broadcast(1, size))
+    return buffers.reshape((ROWS, BUFFERS, gathers_per_tile, num_heads, head_dim))
 
 
 def gather(kv, kv_cache, index, first):
