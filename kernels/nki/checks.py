@@ -80,12 +80,23 @@ def check_one_bank(dst: NkiTensor) -> None:
         )
 
 
-def check_same_elements(*tensors: NkiTensor) -> None:
-    """Partitions and elements per partition agree; how free axes are cut up does not matter."""
-    first = tensors[0]
-    for other in tensors[1:]:
-        if (other.shape[0], other.free_size) != (first.shape[0], first.free_size):
-            refuse("shape", f"{first.shape} against {other.shape}; nothing is broadcast, so give equal shapes")
+def check_elementwise(dst: NkiTensor, *operands: NkiTensor) -> None:
+    """Partitions and elements per partition agree; how free axes are cut up does not matter. In place is possible, askew is not."""
+    for operand in operands:
+        if (operand.shape[0], operand.free_size) != (dst.shape[0], dst.free_size):
+            refuse("shape", f"{dst.shape} against {operand.shape}; nothing is broadcast, so give equal shapes")
+        check_overlap(dst, operand)
+
+
+def check_overlap(dst: NkiTensor, src: NkiTensor) -> None:
+    """A destination is its source, element by element, or has none of its places."""
+    if dst.storage is not src.storage or not np.shares_memory(dst.values, src.values):
+        return
+    in_order = dst.values.flags.c_contiguous and src.values.flags.c_contiguous
+    if dst.offset != src.offset or not (in_order or dst.get_pattern() == src.get_pattern()):
+        refuse(
+            "overlap", f"a destination {dst.shape} lies askew over its source {src.shape}; go through another tensor"
+        )
 
 
 def check_not_both_in_psum(first: NkiTensor, second: NkiTensor) -> None:

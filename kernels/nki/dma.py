@@ -7,7 +7,7 @@ from enum import Enum
 import numpy as np
 
 from quire.kernels.nki.access import Places, resolve
-from quire.kernels.nki.checks import check_start_partition, read, write, write_exact
+from quire.kernels.nki.checks import check_overlap, check_start_partition, read, write, write_exact
 from quire.kernels.nki.core import current, generation_name, require_generation
 from quire.kernels.nki.dtypes import convert, to_float32
 from quire.kernels.nki.engines import Engine
@@ -53,6 +53,7 @@ def dma_copy(
     elif dst.indirection is not None:
         _count(dst, *_scatter(dst, src, skip))
     else:
+        check_overlap(dst, src)
         _write_copied(dst, src, read(src).reshape(dst.shape))
         _count(dst, dst.values.size, max(_rows(dst), _rows(src)))
     if dge_mode.value == "swdge" or _has_vector(dst) or _has_vector(src):

@@ -86,7 +86,7 @@ def memset(dst: NkiTensor, value: float, engine: Engine = Engine.unknown, name: 
 def tensor_copy(dst: NkiTensor, src: NkiTensor, engine: Engine = Engine.unknown, name: str | None = None) -> None:
     """[P, F] from SBUF or PSUM to either; bit by bit between equal dtypes, through float32 otherwise."""
     check_operands(dst, src)
-    checks.check_same_elements(dst, src)
+    checks.check_elementwise(dst, src)
     if engine is Engine.scalar:
         require_generation(3, "tensor_copy on ScalarE", "use activation with nl.copy")
     chosen = choose_engine(engine, "tensor_copy", Engine.vector, Engine.scalar, Engine.gpsimd, tensors=(dst, src))
@@ -106,13 +106,13 @@ def tensor_copy_predicated(
 ) -> None:
     """Where `predicate` [P, F] is not 0, dst = src; elsewhere dst keeps what it has."""
     check_operands(dst, predicate)
-    checks.check_same_elements(dst, predicate)
+    checks.check_elementwise(dst, predicate)
     if predicate.dtype not in ("uint8", "uint16", "uint32"):
         refuse("predicate-dtype", f"the predicate is {predicate.dtype}; use uint8, uint16 or uint32")
     holds = (read(predicate) != 0).reshape(dst.shape) != reverse_pred
     if isinstance(src, NkiTensor):
         check_operands(src)
-        checks.check_same_elements(dst, src)
+        checks.check_elementwise(dst, src)
         checks.check_not_both_in_psum(src, predicate)
         if src.dtype != dst.dtype:
             refuse("same-dtype", f"{src.dtype} into {dst.dtype}; copy with tensor_copy first")
@@ -136,7 +136,7 @@ def tensor_tensor(
 ) -> None:
     """dst = data1 op data2, [P, F] each. Equal shapes; 32-bit integers are exact on GpSimd only."""
     check_operands(dst, data1, data2)
-    checks.check_same_elements(dst, data1, data2)
+    checks.check_elementwise(dst, data1, data2)
     checks.check_not_both_in_psum(data1, data2)
     operator = operator_of(op, "tensor_tensor")
     tensors = (dst, data1, data2)
@@ -181,7 +181,7 @@ def tensor_scalar(
 ) -> None:
     """dst = (data op0 operand0) op1 operand1, [P, F]; an operand is a number or float32 [P, 1]."""
     check_operands(dst, data)
-    checks.check_same_elements(dst, data)
+    checks.check_elementwise(dst, data)
     steps = [(operator_of(op0, "tensor_scalar"), operand0, reverse0)]
     if op1 is not None:
         assert operand1 is not None, "op1 has an operand"
@@ -232,7 +232,7 @@ def scalar_tensor_tensor(
 ) -> None:
     """dst = (data op0 operand0) op1 operand1, where operand1 is [P, F] as data is."""
     check_operands(dst, data, operand1)
-    checks.check_same_elements(dst, data, operand1)
+    checks.check_elementwise(dst, data, operand1)
     checks.check_not_both_in_psum(data, operand1)
     first, second = (operator_of(op, "scalar_tensor_tensor", allowed=lambda o: not o.is_bitwise) for op in (op0, op1))
     values = _apply_scalar(first, read_float32(data), checks.per_partition(operand0, data, "operand0"), reverse0)
@@ -273,7 +273,7 @@ def tensor_reduce(
 def reciprocal(dst: NkiTensor, data: NkiTensor, name: str | None = None) -> None:
     """dst = 1 / data, [P, F]."""
     check_operands(dst, data)
-    checks.check_same_elements(dst, data)
+    checks.check_elementwise(dst, data)
     write(dst, functions.reciprocal(read_float32(data)))
     _count(Engine.vector, dst)
 
@@ -294,7 +294,7 @@ def activation(
     Sums that go on over several instructions are not emulated: reduce_cmd is idle, or reset_reduce.
     """
     check_operands(dst, data)
-    checks.check_same_elements(dst, data)
+    checks.check_elementwise(dst, data)
     function = function_of(op)
     if isinstance(bias, (int, float)) and current().generation.number < 3:
         refuse("activation-bias", f"bias={bias!r} on {generation_name()}; memset a [P, 1] tile with it")
@@ -377,7 +377,7 @@ def affine_select(
 ) -> None:
     """Where cmp_op(affine value, 0) holds on_true_tile [P, F], elsewhere a float32 constant."""
     check_operands(dst, on_true_tile, spaces=(SBUF,))
-    checks.check_same_elements(dst, on_true_tile)
+    checks.check_elementwise(dst, on_true_tile)
     operator = operator_of(cmp_op, "affine_select", allowed=lambda o: o.name.endswith(("equal", "less", "greater")))
     holds = operator.apply(_affine(dst, pattern, offset, channel_multiplier), np.zeros((), np.int32))
     values = np.where(holds != 0, read_float32(on_true_tile), np.float32(on_false_value))

@@ -57,6 +57,7 @@ RULES = {
     "operand-space": "an operand lies in a memory that the instruction reaches",
     "uninitialised": "what is read was written before",
     "shape": "operands agree in partitions and in elements per partition; nothing is broadcast",
+    "overlap": "an instruction works in place or between places apart: which element it reads first is not documented (strict)",
     "two-psum": "at most one of two tensor operands lies in PSUM",
     "gpsimd-psum": "GpSimd does not reach PSUM",
     "engine": "an instruction runs on the engines that it is documented for",

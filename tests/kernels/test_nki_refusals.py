@@ -310,6 +310,15 @@ PROGRAMS = [
         lambda: nisa.nc_transpose(dst=new(8, 4, buffer=nl.psum), data=sb(8, 4)),
         lambda: nisa.nc_transpose(dst=new(4, 8, buffer=nl.psum), data=sb(8, 4)),
     ),
+    Program(
+        "overlap", lambda: copy((t := sb(8, 4))[:, 0:3], t[:, 1:4]), lambda: copy((t := sb(8, 4))[:, 0:2], t[:, 2:4])
+    ),
+    Program(
+        "overlap",
+        lambda: copy(t := sb(8, 3, 3), t.permute((0, 2, 1))),
+        lambda: copy(t := sb(8, 9), t.reshape((8, 3, 3))),
+    ),
+    Program("overlap", lambda: dma((t := hbm(8, 4))[1:8], t[0:7]), lambda: dma((t := hbm(8, 4))[4:8], t[0:4])),
     Program("two-psum", lambda: tt(ps(8, 4), ps(8, 4)), lambda: tt(ps(8, 4), sb(8, 4))),
     Program(
         "two-psum",

@@ -90,6 +90,14 @@ class TestGen2(NkiConformance):
         assert np.isnan(poisoned[0]).all()
         np.testing.assert_array_equal(poisoned[1], clean[1])
 
+    def test_a_window_that_is_an_array_equals_one_that_is_a_number(self) -> None:
+        """As it is where layers of different windows are scanned."""
+        case = Case("window", ((200, 2), (3, 1)), block_size=16, sliding_window=70)
+        problem = make_problem(case)
+        expected, _ = self.run(case, problem)
+        out, _ = self.run(replace(case, sliding_window=jnp.int32(70)), problem)
+        np.testing.assert_array_equal(out, expected)
+
 
 class TestGen3(NkiConformance):
     write_kv = partial(nki.write_kv, launch=nki.on_emulator("gen3"))
