@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from quire.backends.base import Backend, ShapeLimits, StepShape
 from quire.engine.config import EngineConfig, ResolvedConfig, resolve, resolve_block_size, resolve_dtype
 from quire.engine.device_state import CacheArrays, DeviceState, cache_block_bytes, empty_slots
 from quire.engine.loading import WeightPlacement, planned_weight_bytes
-from quire.engine.programs import ProgramSource, abstract_on, slot_update_source, step_source
+from quire.engine.programs import EVERYWHERE, ProgramSource, abstract_on, slot_update_source, step_source
 from quire.engine.step import StepConfig
 from quire.kernels.errors import InvalidConfigError
 from quire.kernels.ops import Ops
@@ -126,8 +126,10 @@ class EnginePlan:
     def sources(self) -> list[ProgramSource]:
         """Every program of the engine, from abstract weights: what can be compiled on a machine that has neither them nor the device."""
         params = self.placement.abstract(stacked=self.backend.capabilities.scan_layers)
+        # Their sharding is what says which device the programs are for, also where it is one.
+        whole = NamedSharding(self.mesh, EVERYWHERE)
         slots = abstract_on(
-            empty_slots(self.resolved.max_num_seqs, self.resolved.max_model_len, self.model.vocab_size), self.mesh
+            empty_slots(self.resolved.max_num_seqs, self.resolved.max_model_len, self.model.vocab_size), whole
         )
         state = DeviceState(self.cache_arrays.abstract(self.mesh), slots)
         steps = [step_source(self.step_config, shape, params, state, self.mesh) for shape in self.shapes]

@@ -47,7 +47,7 @@ def step_source(config: StepConfig, shape: StepShape, params: Any, state: Device
 def slot_update_source(slots: Any, max_model_len: int, vocab_size: int, mesh: Mesh) -> ProgramSource:
     """The program that writes one request's row; slots are real or abstract."""
     slot = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere(mesh))
-    arguments = (abstract(slots), slot, abstract_on(empty_row(max_model_len, vocab_size), mesh))
+    arguments = (abstract(slots), slot, abstract_on(empty_row(max_model_len, vocab_size), everywhere(mesh)))
     return ProgramSource(None, spread(write_row, arguments, specs_of(arguments[0]), mesh), arguments, (0,))
 
 
@@ -76,9 +76,9 @@ def abstract(tree: Any) -> Any:
     )
 
 
-def abstract_on(tree: Any, mesh: Mesh) -> Any:
-    """The same for arrays of the host that will be whole on every device."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere(mesh)), tree)
+def abstract_on(tree: Any, sharding: NamedSharding | None) -> Any:
+    """The same for arrays of the host that will be held so."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def everywhere(mesh: Mesh) -> NamedSharding | None:

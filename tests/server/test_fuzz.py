@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import math
@@ -250,7 +251,11 @@ def talk(server, data, *, ends=False, seconds=SECONDS):
     ):
         connection.sendall(data)
         if ends:
-            connection.shutdown(socket.SHUT_WR)
+            try:
+                connection.shutdown(socket.SHUT_WR)
+            except OSError as error:  # the server has closed already; what it said is still to be read
+                if error.errno != errno.ENOTCONN:
+                    raise
         while piece := connection.recv(65536):
             answer += piece
             connection.settimeout(1.0)
