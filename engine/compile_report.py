@@ -92,7 +92,7 @@ class CompileReport:
 
     @property
     def failures(self) -> list[CompiledProgram]:
-        """Programs that did not compile, or that copy the cache."""
+        """Programs that did not compile."""
         return [program for program in self.programs if program.error is not None]
 
     def to_json(self) -> dict[str, Any]:
