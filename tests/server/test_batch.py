@@ -205,9 +205,11 @@ def test_one_output_has_one_writer(server, tmp_path):
 
 
 def test_killed_again_and_again_nothing_is_lost_or_doubled(server, tmp_path):
-    lines = [line(f"r{idx}", {"prompt": f"def f{idx}(", "max_tokens": 8, "temperature": 0}) for idx in range(120)]
+    # Few at a time and long ones: what is left at the last kill takes much longer than seeing that it is time for it.
+    body = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    lines = [line(f"r{idx}", {"prompt": f"def f{idx}(", **body}) for idx in range(120)]
     source, target = write(tmp_path / "in", lines), tmp_path / "out"
-    arguments = (source, target, "--url", server.url, "--concurrency", 8)
+    arguments = (source, target, "--url", server.url, "--concurrency", 4)
     for goal in (10, 45, 80):
         with running(*arguments) as process:
             wait_for(lambda goal=goal: num_lines(target) >= goal)
@@ -239,7 +241,8 @@ def test_an_interrupt_lets_open_requests_end(server, tmp_path):
 def test_its_own_server_dies_with_it_and_answers_the_rest(tmp_path):
     body = {"prompt": "x", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "model": "mine"}
     source, target = write(tmp_path / "in", [line(str(idx), body) for idx in range(60)]), tmp_path / "out"
-    arguments = (source, target, "--served-model-name", "mine", *SMALL)
+    # Two at a time: all of them at once are done before anybody could kill it.
+    arguments = (source, target, "--served-model-name", "mine", "--concurrency", 2, *SMALL)
     with running(*arguments) as process:
         wait_for(lambda: num_lines(target) >= 5, 300)
         engines = descendants(process.pid)
