@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 import jax
 
+from quire.kernels.op import OpContext
 from quire.kernels.ops import Ops
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.config import ModelConfig
+from quire.models.parallel import num_held_kv_heads
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Capabilities:
     """Default for the share of the memory left beside weights and steps that the KV cache may take."""
     max_compile_threads: int
     """Programs handed to the compiler at once."""
+    keeps_compiled: bool = False
+    """Whether its compiler keeps what it made by itself, so that jax's own cache of programs stays out of it."""
     min_layout_tile: tuple[int, int] = (1, 1)
     """The device's memory pads the last two axes of an array to multiples of these, the first of them at most."""
 
@@ -61,6 +65,32 @@ class Capabilities:
         # Fewer rows than a tile has lie in a smaller one, a power of two.
         row_tile = min(row_tile, 1 << (rows - 1).bit_length())
         return math.prod(leading) * -(-rows // row_tile) * row_tile * -(-columns // column_tile) * column_tile
+
+    def op_context(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        quantization: str,
+        block_size: int,
+        tensor_parallel_size: int,
+        *,
+        instruction_sets: frozenset[str] = frozenset(),
+    ) -> OpContext:
+        """What decides which kernels serve a model on this device; see `Backend.select_ops` for the arguments."""
+        return OpContext(
+            platform=self.platform,
+            device_kind=self.device_kind,
+            dtype=dtype,
+            quantization=quantization,
+            num_heads=config.num_heads // tensor_parallel_size,
+            num_kv_heads=num_held_kv_heads(config, tensor_parallel_size) // tensor_parallel_size,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            num_devices=tensor_parallel_size,
+            scan_layers=self.scan_layers,
+            has_experts=config.moe is not None,
+            instruction_sets=instruction_sets,
+        )
 
 
 @dataclass(frozen=True, order=True)

@@ -24,6 +24,13 @@ class Chip:
     source: str
     clock_ghz: float | None = None
     """Of the vector unit, as the TPU compiler's estimates imply it; None where they were not looked at."""
+    platform: str = "tpu"
+    """What jax calls the kind of device."""
+    generation: str = ""
+    """Of NeuronCores: v2, v3 or v4."""
+    cores_per_device: int = 1
+    """Physical cores that are one device unless the user says otherwise; the numbers above are those of all of them."""
+    devices_per_chip: int = 1
 
     @property
     def hbm_bytes(self) -> int:
@@ -32,7 +39,7 @@ class Chip:
 
 
 @functools.cache
-def chips() -> dict[str, Chip]:
+def all_chips() -> dict[str, Chip]:
     """Every chip by its name."""
     entries = json.loads((Path(__file__).parent / "chips.json").read_text(encoding="utf-8"))
     return {
@@ -41,6 +48,11 @@ def chips() -> dict[str, Chip]:
     }
 
 
+def chips(platform: str = "tpu") -> dict[str, Chip]:
+    """The chips of one platform by their names."""
+    return {name: chip for name, chip in all_chips().items() if chip.platform == platform}
+
+
 def chip_of_kind(device_kind: str) -> Chip | None:
     """The chip that jax calls `device_kind`; None for one that is not in the list."""
-    return next((chip for chip in chips().values() if device_kind in chip.device_kinds), None)
+    return next((chip for chip in all_chips().values() if device_kind in chip.device_kinds), None)

@@ -15,10 +15,9 @@ from quire.backends.environment import available_memory, available_processors, c
 from quire.backends.shapes import decode_row_sizes, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.native.library import limit_threads
-from quire.kernels.op import OpContext
 from quire.kernels.ops import Ops, choose_ops
 from quire.models.config import ModelConfig
-from quire.models.parallel import MODEL_AXIS, num_held_kv_heads
+from quire.models.parallel import MODEL_AXIS
 
 # Rows of a decode rectangle grow by this factor from shape to shape: a step is at most so much wider than its batch.
 ROW_FACTOR = 4
@@ -76,19 +75,8 @@ class CpuBackend:
         tensor_parallel_size: int,
         wanted: dict[str, str] | None,
     ) -> Ops:
-        context = OpContext(
-            platform="cpu",
-            device_kind=self.capabilities.device_kind,
-            dtype=dtype,
-            quantization=quantization,
-            num_heads=config.num_heads // tensor_parallel_size,
-            num_kv_heads=num_held_kv_heads(config, tensor_parallel_size) // tensor_parallel_size,
-            head_dim=config.head_dim,
-            block_size=block_size,
-            num_devices=tensor_parallel_size,
-            scan_layers=self.capabilities.scan_layers,
-            has_experts=config.moe is not None,
-            instruction_sets=cpu_flags(),
+        context = self.capabilities.op_context(
+            config, dtype, quantization, block_size, tensor_parallel_size, instruction_sets=cpu_flags()
         )
         ops = choose_ops(context, wanted)
         limit_threads(available_processors())

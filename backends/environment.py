@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+
+from quire.kernels.errors import BackendError
 
 
 def cache_folder() -> Path:
@@ -127,6 +131,72 @@ def dump_tpu_code(folder: Path, *, with_profile: bool) -> None:
     if with_profile:
         flags.append(f"--xla_jf_dump_static_llo_profile_to={folder}")
     os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags]).strip()
+
+
+def neuron_devices(devices: Path = Path("/dev")) -> int:
+    """How many Neuron chips the driver shows on this host."""
+    return sum(1 for entry in devices.glob("neuron*") if entry.name.removeprefix("neuron").isdigit())
+
+
+def neuron_target(product: Path = Path("/sys/devices/virtual/dmi/id/product_name")) -> str | None:
+    """What neuronx-cc calls this host's chips: as $NEURON_PLATFORM_TARGET_OVERRIDE says, else by the instance's type.
+
+    None where neither tells.
+    """
+    if explicit := os.environ.get("NEURON_PLATFORM_TARGET_OVERRIDE"):
+        return explicit
+    family = product.read_text().partition(".")[0].strip() if product.is_file() else ""
+    # trn1n, trn2u and the like carry the same chips.
+    return next((name for name in ("inf2", "trn1", "trn2", "trn3") if family.startswith(name)), None)
+
+
+def prepare_neuron(num_cores: int, logical_cores: int | None) -> None:
+    """Settles the Neuron runtime's and compiler's settings; to be called before jax or torch looks for devices.
+
+    What the user has set stays.
+    `num_cores` are the logical ones to take, so that the others are left to other processes; `logical_cores` is how many physical cores
+    make one, None for the runtime's default.
+    """
+    settings = {
+        # Rounding to nearest even: the same tokens from the same inputs.
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN": "0",
+        # One step runs while the next is launched; nothing of it if launching waited.
+        "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "3",
+        # Otherwise every conversion while weights are loaded would be compiled for the device, for seconds each.
+        "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU": "1",
+        "NEURON_COMPILE_CACHE_URL": str(cache_folder() / "neuron"),
+    }
+    if "NEURON_RT_VISIBLE_CORES" not in os.environ:
+        settings["NEURON_RT_NUM_CORES"] = str(num_cores)
+    if logical_cores is not None:
+        settings["NEURON_LOGICAL_NC_CONFIG"] = str(logical_cores)
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def neuron_logical_cores() -> int | None:
+    """Physical cores in a logical one as $NEURON_LOGICAL_NC_CONFIG says; None where it does not. Raises BackendError for no number."""
+    text = os.environ.get("NEURON_LOGICAL_NC_CONFIG")
+    if text is None:
+        return None
+    if text not in ("1", "2"):
+        raise BackendError(f"NEURON_LOGICAL_NC_CONFIG={text!r} is neither 1 nor 2")
+    return int(text)
+
+
+def neuron_cache_url() -> str:
+    """Where neuronx-cc's results are kept: a folder, or an s3:// address."""
+    return os.environ.get("NEURON_COMPILE_CACHE_URL", str(cache_folder() / "neuron"))
+
+
+def neuron_flags() -> list[str]:
+    """Flags for neuronx-cc that the user has set: $NEURON_CC_FLAGS."""
+    return shlex.split(os.environ.get("NEURON_CC_FLAGS", ""))
+
+
+def set_neuron_flags(flags: Sequence[str]) -> None:
+    """Replaces $NEURON_CC_FLAGS, which the Neuron plugin reads at each compilation."""
+    os.environ["NEURON_CC_FLAGS"] = shlex.join(flags)
 
 
 def api_keys() -> tuple[str, ...]:

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import jax
 
 from quire.backends.base import Backend
 from quire.backends.cpu import CpuBackend
-from quire.backends.environment import has_tpu
+from quire.backends.environment import has_tpu, neuron_devices
+from quire.backends.neuron import NeuronBackend, NeuronOptions
 from quire.backends.tpu import TpuBackend
 from quire.kernels.errors import BackendError
 
 DEVICES = ("auto", "cpu", "tpu", "neuron", "simulated")
 
 
-def select_backend(device: str) -> Backend:
-    """The backend for one of DEVICES. Raises BackendError with the reason when it cannot be had.
+def select_backend(device: str, num_devices: int = 1, neuron: NeuronOptions | None = None) -> Backend:
+    """The backend for one of DEVICES, of which `num_devices` will be used. Raises BackendError with the reason when it cannot be had.
 
-    "auto" is the TPU where this host has one, else the CPU.
+    "auto" is the TPU or the NeuronCores where this host has them, else the CPU.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    neuron = neuron or NeuronOptions()
+    if neuron.emulate is not None:
+        if device not in ("auto", "neuron"):
+            raise BackendError(
+                f"emulate={neuron.emulate!r} stands for NeuronCores, and device {device!r} was asked for"
+            )
+        _only_cpu()
+        return NeuronBackend.emulated(neuron)
     reason = unavailable_reason(device)
     if reason is not None:
         raise BackendError(f"device {device!r} cannot be used: {reason}")
     if device == "tpu" or (device == "auto" and has_tpu()):
         return TpuBackend()
-    # Otherwise jax would try every platform that it has a package for, and complain of those that are not there.
-    if not jax.config.values["jax_platforms"]:
-        jax.config.update("jax_platforms", "cpu")
+    if device == "neuron" or (device == "auto" and neuron_devices()):
+        return NeuronBackend.attached(neuron, num_devices)
+    _only_cpu()
     return CpuBackend()
 
 
@@ -43,4 +53,22 @@ def unavailable_reason(device: str) -> str | None:
         if importlib.util.find_spec("libtpu") is None:
             return "libtpu is not installed; pip install 'quire[tpu]'"
         return None
+    if device == "neuron":
+        if not neuron_devices():
+            return "the Neuron driver shows no chip (/dev/neuron0); --emulate inf2 has the CPU behave like one"
+        return _missing_plugin()
     return "this version of quire has no backend for it yet; use --device cpu"
+
+
+def _missing_plugin() -> str | None:
+    try:
+        importlib.import_module("libneuronxla")
+    except ImportError as error:  # PyPI's package of that name raises it too
+        return f"AWS's plugin for jax cannot be imported ({error}); it is in jax-neuronx from AWS's own package index"
+    return None
+
+
+def _only_cpu() -> None:
+    """Otherwise jax would try every platform that it has a package for, and complain of those that are not there."""
+    if not jax.config.values["jax_platforms"]:
+        jax.config.update("jax_platforms", "cpu")

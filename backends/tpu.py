@@ -17,10 +17,9 @@ from quire.backends.chips import Chip, chip_of_kind, chips
 from quire.backends.environment import prepare_tpu_compiler
 from quire.backends.shapes import decode_row_sizes, with_sampling
 from quire.kernels.errors import BackendError
-from quire.kernels.op import OpContext
 from quire.kernels.ops import Ops, choose_ops
 from quire.models.config import ModelConfig
-from quire.models.parallel import MODEL_AXIS, num_held_kv_heads
+from quire.models.parallel import MODEL_AXIS
 
 # Eight rows cost what one costs: they are one register of the vector unit, and one pass of the matrix unit.
 FEWEST_ROWS = 8
@@ -90,19 +89,7 @@ class TpuBackend:
         tensor_parallel_size: int,
         wanted: dict[str, str] | None,
     ) -> Ops:
-        context = OpContext(
-            platform="tpu",
-            device_kind=self.capabilities.device_kind,
-            dtype=dtype,
-            quantization=quantization,
-            num_heads=config.num_heads // tensor_parallel_size,
-            num_kv_heads=num_held_kv_heads(config, tensor_parallel_size) // tensor_parallel_size,
-            head_dim=config.head_dim,
-            block_size=block_size,
-            num_devices=tensor_parallel_size,
-            scan_layers=self.capabilities.scan_layers,
-            has_experts=config.moe is not None,
-        )
+        context = self.capabilities.op_context(config, dtype, quantization, block_size, tensor_parallel_size)
         return choose_ops(context, wanted)
 
     def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:

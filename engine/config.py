@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from quire.backends.base import Capabilities
+from quire.backends.chips import chips
 from quire.engine.admission import BATCHING_POLICIES, BatchingPolicy
 from quire.engine.sampling_params import MAX_LOGPROBS
 from quire.engine.step_data import StepLimits
@@ -94,6 +95,14 @@ class DeviceOptions:
     sampling: str = _option(
         "full", "The most that requests may ask of the sampler; less means fewer programs to compile.", SAMPLING_LEVELS
     )
+    emulate: str | None = _option(
+        None,
+        "Have the CPU behave like a Neuron chip: its step shapes, its limits, the path that XLA takes there.",
+        tuple(chips("neuron")),
+    )
+    neuron_logical_cores: int | None = _option(
+        None, "Physical NeuronCores that make one device, 1 or 2; the chip's own default when left out."
+    )
     compilation_cache: bool = _option(True, "Keep compiled programs on disk ($QUIRE_CACHE) for the next start.")
 
 
@@ -145,7 +154,7 @@ _GROUPS: dict[str, Any] = {
 
 def _check_value(option: dataclasses.Field[Any], value: Any) -> None:
     choices = option.metadata["choices"]
-    if choices is not None and value not in choices:
+    if choices is not None and value not in (*choices, option.default):
         raise InvalidConfigError(f"{option.name}={value!r} is not one of {', '.join(choices)}")
     annotation = str(option.type)
     if value is None:

@@ -13,6 +13,7 @@ import jax
 
 from quire.backends.base import Backend, Capabilities
 from quire.backends.environment import cache_folder
+from quire.backends.neuron import NeuronOptions
 from quire.backends.select import select_backend
 from quire.engine.admission import AdmissionPolicy, make_admission_policy
 from quire.engine.config import EngineConfig, LiveSettings, ResolvedConfig
@@ -50,8 +51,8 @@ class EngineCore:
         `backend` takes the place of the one that `config.device` names.
         """
         begin = time.perf_counter()
-        backend = backend or select_backend(config.device.device)
-        if config.device.compilation_cache:
+        backend = backend or _select_backend(config)
+        if config.device.compilation_cache and not backend.capabilities.keeps_compiled:
             _enable_compilation_cache()
         # Settings that cannot work are refused before the weights are read; what is left once they are read decides on the cache.
         plan = EnginePlan.make(config, backend)
@@ -172,6 +173,12 @@ class EngineCore:
             raise EngineDeadError(
                 f"the engine stopped after an error ({self._dead!r}); start a new one"
             ) from self._dead
+
+
+def _select_backend(config: EngineConfig) -> Backend:
+    device = config.device
+    neuron = NeuronOptions(emulate=device.emulate, logical_cores=device.neuron_logical_cores)
+    return select_backend(device.device, device.tensor_parallel_size, neuron)
 
 
 def _enable_compilation_cache() -> None:
