@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -172,6 +173,18 @@ def prepare_neuron(num_cores: int, logical_cores: int | None) -> None:
         settings["NEURON_LOGICAL_NC_CONFIG"] = str(logical_cores)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def neuron_facts(driver: Path = Path("/sys/module/neuron/version")) -> dict[str, str]:
+    """What the host says of its Neuron chips, for a report: the driver, the instance, the tools, and every setting."""
+    facts = {
+        "chips": str(neuron_devices()),
+        "compile target": neuron_target() or "not told by the host",
+        "driver": driver.read_text().strip() if driver.is_file() else "not loaded",
+        "compiler on the path": shutil.which("neuronx-cc") or "none",
+        "neuron-ls on the path": shutil.which("neuron-ls") or "none",
+    }
+    return facts | {name: value for name, value in sorted(os.environ.items()) if name.startswith("NEURON")}
 
 
 def neuron_logical_cores() -> int | None:

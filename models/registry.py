@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from quire.kernels.errors import ModelError, UnsupportedModelError
@@ -45,8 +46,9 @@ def load_config(folder: str | Path, max_model_len: int | None = None) -> ModelCo
         fields |= _rope_fields(hf, fields, max_model_len)
         fields |= {"dtype": _dtype(raw), "eos_token_ids": _eos_token_ids(folder, raw, hf)}
         return ModelConfig(**fields)
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"{folder / 'config.json'} does not describe a {architecture}: {error}") from error
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ModelError(f"{folder / 'config.json'} does not describe a {architecture}: {said}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

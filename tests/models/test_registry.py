@@ -161,3 +161,9 @@ def test_configs_are_hashable_and_equal_by_value(name: str, architecture: str, t
     save_tiny(name, tmp_path, architecture)
     assert hash(load_config(tmp_path)) == hash(load_config(tmp_path))
     assert load_config(tmp_path) == load_config(tmp_path)
+
+
+def test_sizes_that_do_not_fit_each_other_are_refused_with_the_file(tmp_path: Path) -> None:
+    write(tmp_path, "LlamaForCausalLM", "llama", hidden_size=65, num_attention_heads=4)
+    with pytest.raises(ModelError, match=r"config\.json does not describe a LlamaForCausalLM.*65"):
+        load_config(tmp_path)

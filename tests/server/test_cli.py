@@ -2,7 +2,9 @@
 
 import io
 import json
+import platform
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,19 @@ def test_env_says_what_is_available_and_why_not(capsys: pytest.CaptureFixture[st
     assert "LlamaForCausalLM" in report["architectures"]
     _, text, _ = _run(capsys, "env")
     assert "backends:" in text
+
+
+def test_a_report_says_how_each_device_that_is_here_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, err = _run(capsys, "env", "--report", str(tmp_path / "report.json"))
+    assert status == 0
+    assert out == ""
+    assert "look through it before you send it" in err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["trials"]["cpu"]["outcome"] == "ok"
+    assert report["trials"]["cpu"]["text"].strip()
+    assert "kernels: linear:" in report["trials"]["cpu"]["log"]
+    assert report["Neuron"]["driver"]
+    assert platform.node() not in json.dumps(report)
 
 
 def test_the_offline_benchmark_prints_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:

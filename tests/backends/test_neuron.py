@@ -1,0 +1,223 @@
+"""NeuronCores without one: what is decided for them, what is refused, and an engine that takes every such decision on the CPU."""
+
+import os
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from quire.backends.base import ShapeLimits, StepShape
+from quire.backends.environment import neuron_devices, neuron_target, prepare_neuron
+from quire.backends.neuron import NeuronBackend, NeuronOptions
+from quire.backends.select import select_backend
+from quire.engine import LLM, SamplingParams
+from quire.engine.config import EngineConfig
+from quire.engine.planning import EnginePlan
+from quire.kernels.errors import BackendError, InvalidConfigError
+from quire.kernels.sampling.rows import SamplingMode
+from tests.engine.engines import check_idle, tiny_folder, token_ids
+
+DEFAULTS = ShapeLimits(32, 4, 4096, 32, 1)
+LARGE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
+
+@pytest.mark.parametrize("target", ["inf3", "inf2:0", "trn1:2x2", "v5e", ""])
+def test_a_target_that_is_none_is_refused_with_the_form(target: str) -> None:
+    with pytest.raises(BackendError, match=r"is not of the form CHIP or CHIP:DEVICES.*chips: inf2, trn1, trn2, trn3"):
+        NeuronBackend.described(target)
+
+
+@pytest.mark.parametrize(
+    ("target", "logical_cores", "num_devices", "gib"),
+    [("inf2", None, 2, 16), ("trn1:32", None, 32, 16), ("trn2", None, 4, 24), ("trn2", 1, 8, 12), ("trn3", 2, 4, 36)],
+)
+def test_a_chip_is_as_many_devices_as_its_cores_make(target, logical_cores, num_devices, gib) -> None:
+    backend = NeuronBackend.described(target, logical_cores)
+    assert backend.num_devices == num_devices
+    assert backend.kv_cache_bytes(1.0, 0) == gib * 2**30
+
+
+def test_logical_cores_that_a_chip_has_not_are_refused() -> None:
+    with pytest.raises(BackendError, match="inf2 has no devices of 2 cores"):
+        NeuronBackend.described("inf2", 2)
+
+
+def test_few_programs_are_compiled_and_none_mixes() -> None:
+    shapes = NeuronBackend.described("inf2").step_shapes(DEFAULTS)
+    assert len(shapes) == len(set(shapes)) <= 16
+    assert not any(shape.decode_rows and shape.prefill_tiles for shape in shapes)
+
+
+@pytest.mark.parametrize("sampling", SamplingMode)
+@pytest.mark.parametrize(("rows", "tiles"), [(1, 0), (5, 0), (32, 0), (0, 1), (0, 2), (0, 4)])
+@pytest.mark.parametrize("blocks", [1, 33, 128])
+def test_some_shape_covers_every_batch(sampling: SamplingMode, rows: int, tiles: int, blocks: int) -> None:
+    need = StepShape(rows, tiles, 128, blocks, 1, sampling)
+    assert any(shape.covers(need) for shape in NeuronBackend.described("trn1").step_shapes(DEFAULTS))
+
+
+def test_a_model_that_does_not_fit_a_core_is_refused_before_anything_is_lowered() -> None:
+    folder = str(tiny_folder(**LARGE))
+    with pytest.raises(InvalidConfigError, match=r"on each device as float32, and 16\.0 GiB of it are free"):
+        EnginePlan.make(
+            EngineConfig.from_arguments(model=folder, dtype="float32", max_model_len=256),
+            NeuronBackend.described("inf2"),
+        )
+
+
+def test_without_a_chip_the_driver_is_named_and_the_way_without_one() -> None:
+    if neuron_devices():
+        pytest.skip("this host has Neuron chips")
+    with pytest.raises(BackendError, match=r"no chip \(/dev/neuron0\); --emulate inf2"):
+        select_backend("neuron")
+
+
+def test_emulation_on_another_device_is_refused() -> None:
+    with pytest.raises(BackendError, match="emulate='inf2' stands for NeuronCores, and device 'tpu'"):
+        select_backend("tpu", neuron=NeuronOptions(emulate="inf2"))
+
+
+def test_chips_are_counted_and_named_by_what_the_host_says(tmp_path, monkeypatch) -> None:
+    for name in ("neuron0", "neuron11", "neuron_core", "null"):
+        (tmp_path / name).touch()
+    assert neuron_devices(tmp_path) == 2
+    monkeypatch.delenv("NEURON_PLATFORM_TARGET_OVERRIDE", raising=False)
+    product = tmp_path / "product_name"
+    assert neuron_target(product) is None
+    for text, target in (
+        ("inf2.8xlarge\n", "inf2"),
+        ("trn1n.32xlarge", "trn1"),
+        ("trn2u.48xlarge", "trn2"),
+        ("m5.large", None),
+    ):
+        product.write_text(text)
+        assert neuron_target(product) == target
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn3")
+    assert neuron_target(product) == "trn3"
+
+
+@pytest.fixture
+def environment(monkeypatch) -> pytest.MonkeyPatch:
+    """Without any setting of Neuron's; what is set meanwhile is taken back."""
+    for name in [name for name in os.environ if name.startswith("NEURON")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return monkeypatch
+
+
+def test_what_the_user_has_set_stays(environment) -> None:
+    os.environ.update(NEURON_RT_STOCHASTIC_ROUNDING_EN="1", NEURON_COMPILE_CACHE_URL="s3://bucket/cache")
+    prepare_neuron(2, 1)
+    assert os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] == "1"
+    assert os.environ["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/cache"
+    assert os.environ["NEURON_RT_NUM_CORES"] == "2"
+    assert os.environ["NEURON_LOGICAL_NC_CONFIG"] == "1"
+
+
+def test_only_the_cores_that_are_used_are_taken_unless_they_are_named(environment) -> None:
+    os.environ["NEURON_RT_VISIBLE_CORES"] = "4-7"
+    prepare_neuron(2, None)
+    assert "NEURON_RT_NUM_CORES" not in os.environ
+    assert "NEURON_LOGICAL_NC_CONFIG" not in os.environ
+
+
+def device(kind: str) -> SimpleNamespace:
+    return SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 10 << 30, "bytes_in_use": 4 << 30})
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "chip"),
+    [("NC_v2", None, "inf2"), ("NC_v2", "trn1", "trn1"), ("NC_v3d", None, "trn2"), ("NC_v4x", None, "trn3")],
+)
+def test_a_device_is_known_by_its_kind_or_its_instance(environment, kind, target, chip) -> None:
+    if target is not None:
+        os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] = target
+    environment.setattr(jax, "devices", lambda platform: [device(kind)] * 2)
+    backend = NeuronBackend.attached(NeuronOptions(), 2)
+    assert backend.chip.name == chip
+    assert backend.kv_cache_bytes(0.5, 2 << 30) == 2 << 30, "half of what is free less what is reserved"
+
+
+def test_a_device_of_an_unknown_kind_is_refused_with_what_to_set(environment) -> None:
+    environment.setattr(jax, "devices", lambda platform: [device("NC_x")])
+    with pytest.raises(
+        BackendError, match="'NC_x' is a NeuronCore that quire does not know; set NEURON_PLATFORM_TARGET"
+    ):
+        NeuronBackend.attached(NeuronOptions(), 1)
+
+
+class Stubborn:
+    """A lowered program whose compiler gives up unless asked for less optimization."""
+
+    def __init__(self, *, is_hopeless: bool = False) -> None:
+        self.flags: list[str] = []
+        self._is_hopeless = is_hopeless
+
+    def compile(self) -> str:
+        self.flags.append(os.environ["NEURON_CC_FLAGS"])
+        if self._is_hopeless or "--optlevel=1" not in self.flags[-1]:
+            raise jax.errors.JaxRuntimeError("INTERNAL: neuronx-cc: assertion failed")
+        return "program"
+
+
+def test_a_failed_compilation_is_tried_once_more_with_less_optimization(environment) -> None:
+    environment.setattr(jax, "devices", lambda platform: [device("NC_v2")])
+    os.environ["NEURON_CC_FLAGS"] = "--optlevel=3 --auto-cast=all"
+    backend = NeuronBackend.attached(NeuronOptions(), 1)
+    lowered = Stubborn()
+    assert backend.compile(lowered) == "program"
+    assert lowered.flags == [
+        "--optlevel=3 --auto-cast=all --model-type=transformer",
+        "--auto-cast=all --model-type=transformer --retry_failed_compilation --optlevel=1",
+    ]
+    assert os.environ["NEURON_CC_FLAGS"] == lowered.flags[0], "the next program starts afresh"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="assertion failed"):
+        backend.compile(Stubborn(is_hopeless=True))
+
+
+FAMILIES = {
+    "llama": {},
+    "windowed_and_full": {
+        "architectures": ("Gemma2ForCausalLM",),
+        "model_type": "gemma2",
+        "sliding_window": 20,
+        "query_pre_attn_scalar": 10,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "experts": {
+        "architectures": ("Qwen3MoeForCausalLM",),
+        "model_type": "qwen3_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": (),
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_emulated_engine_gives_the_tokens_of_the_cpu(family: str) -> None:
+    """Scanned layers, separate rectangles, 128-token tiles and the reference kernels, against the CPU's own path."""
+    folder = str(tiny_folder(**FAMILIES[family]))
+    settings = {"load_format": "dummy", "dtype": "float32", "max_model_len": 200, "max_num_seqs": 4, "seed": 5}
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False),
+        SamplingParams(temperature=0.9, seed=3, max_tokens=12, ignore_eos=True, detokenize=False),
+    ]
+    prompts = [[3 + (7 * idx) % 90 for idx in range(length)] for length in (1, 17, 130, 64, 40, 5)]
+    outputs = []
+    for more in ({"emulate": "inf2", "block_size": 16}, {"device": "cpu"}):
+        llm = LLM(folder, **settings, sampling="random", **more)
+        outputs.append(token_ids(llm.generate(prompts, [params[idx % 2] for idx in range(6)], use_tqdm=False)))
+        check_idle(llm)
+    assert llm.core.capabilities.platform == "cpu"
+    assert outputs[0] == outputs[1]
