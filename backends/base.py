@@ -53,6 +53,8 @@ class Capabilities:
     """Default for the share of the memory left beside weights and steps that the KV cache may take."""
     max_compile_threads: int
     """Programs handed to the compiler at once."""
+    holds_head_apart: bool = False
+    """Whether a tied embedding is held a second time as the head's matrix: for devices that would transpose it in every step."""
     keeps_compiled: bool = False
     """Whether its compiler keeps what it made by itself, so that jax's own cache of programs stays out of it."""
     min_layout_tile: tuple[int, int] = (1, 1)

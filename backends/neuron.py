@@ -84,6 +84,7 @@ class NeuronBackend:
             # Programs and the runtime's own buffers lie in the same memory; how much they take is not documented.
             memory_utilization=0.85,
             max_compile_threads=compile_slots(available_memory(), available_processors()),
+            holds_head_apart=True,
             keeps_compiled=not is_emulated,
         )
 

@@ -46,6 +46,8 @@ class EnginePlan:
         mesh = backend.make_mesh(settings.device.tensor_parallel_size)
         folder = resolve_model(settings.model.model)
         model = load_config(folder, settings.model.max_model_len)
+        if model.tie_word_embeddings:
+            model = dataclasses.replace(model, holds_head_apart=backend.capabilities.holds_head_apart)
         check_divisible(model, mesh.size)
         capabilities = backend.capabilities
         dtype, block_size = resolve_dtype(settings, model, capabilities), resolve_block_size(settings, capabilities)

@@ -283,6 +283,8 @@ def _sources(config: ModelConfig) -> dict[str, list[Source]]:
 
 
 def _assemble(params: Params, parts: list[Source], dtype: Any) -> np.ndarray:
+    if parts[0][0].rows is None:  # not fused; where there are several parts, it is held several times
+        parts = parts[:1]
     arrays = [_as_in_checkpoint(params, *part) for part in parts]
     whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     return np.ascontiguousarray(whole.astype(dtype))

@@ -110,6 +110,8 @@ class ModelConfig:
     post_norms: bool = False
     """Gemma 2 and 3: norms after attention and after the MLP as well, before each is added to the residual."""
     tie_word_embeddings: bool = False
+    holds_head_apart: bool = False
+    """Whether a tied embedding is held a second time, as the matrix [D, V] of the head: a device's choice, not the model's."""
     embedding_scale: float | None = None
     """Embeddings are multiplied by it, rounded to the model's dtype (Gemma)."""
     fused_projections: bool = False

@@ -113,7 +113,7 @@ def compute_logits(params: Params, config: ModelConfig, hidden: Array, parallel:
 
 def logits_of_part(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """The logits [R, n] of the tokens whose part of the vocabulary this device holds, padding among them: n is V padded, over devices."""
-    if not config.tie_word_embeddings:
+    if "lm_head" in params:
         logits = matmul(hidden, params["lm_head"])
     elif isinstance(params["embed_tokens"], Array):
         logits = jnp.einsum("rd,vd->rv", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)

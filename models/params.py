@@ -2,7 +2,7 @@
 
 A model's parameters are a plain dict:
 
-    {"embed_tokens": [V, D], "layers": ..., "norm": [D], "lm_head": [D, V] unless tied to the embedding}
+    {"embed_tokens": [V, D], "layers": ..., "norm": [D], "lm_head": [D, V] unless tied to the embedding and not held apart}
 
 "layers" is either a dict of arrays stacked over the layers, [L, ...], or a tuple of L dicts of single arrays. Linear
 weights are [in, out] (Hugging Face has [out, in]), experts [E, in, out].
@@ -68,7 +68,7 @@ class ParamSpec:
     def is_product_weight(self, config: ModelConfig) -> bool:
         """Whether activations are multiplied with it: what the linear op prepares. A tied embedding is one too."""
         if self.name == "embed_tokens":
-            return config.tie_word_embeddings
+            return config.tie_word_embeddings and not config.holds_head_apart
         return len(self.layer_shape) >= 2
 
     @property
@@ -92,6 +92,8 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     table.add("norm", ("embed",), "model.norm.weight")
     if not config.tie_word_embeddings:
         table.add("lm_head", ("embed", "vocab"), "lm_head.weight")
+    elif config.holds_head_apart:
+        table.add("lm_head", ("embed", "vocab"), "model.embed_tokens.weight")
     return table.specs
 
 
@@ -250,7 +252,11 @@ def init_params(config: ModelConfig, seed: int, dtype: Any, *, stacked: bool, pl
     Drawn with numpy from (seed, name, layer) alone: the same on every device, stacked or not.
     """
 
+    specs = param_specs(config)
+
     def make(spec: ParamSpec, layer: int | None) -> Any:
+        if spec.name == "lm_head" and config.tie_word_embeddings:
+            return place(spec, _draw(specs["embed_tokens"], seed, 0, dtype).T)
         if not spec.is_per_layer:
             return place(spec, _draw(spec, seed, 0, dtype))
         if layer is not None:

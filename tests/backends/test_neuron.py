@@ -4,6 +4,7 @@ import os
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from quire.backends.base import ShapeLimits, StepShape
@@ -15,6 +16,8 @@ from quire.engine.config import EngineConfig
 from quire.engine.planning import EnginePlan
 from quire.kernels.errors import BackendError, InvalidConfigError
 from quire.kernels.sampling.rows import SamplingMode
+from quire.models.checkpoint import load_params, save_params
+from quire.models.registry import load_config
 from tests.engine.engines import check_idle, tiny_folder, token_ids
 
 DEFAULTS = ShapeLimits(32, 4, 4096, 32, 1)
@@ -221,3 +224,18 @@ def test_the_emulated_engine_gives_the_tokens_of_the_cpu(family: str) -> None:
         check_idle(llm)
     assert llm.core.capabilities.platform == "cpu"
     assert outputs[0] == outputs[1]
+
+
+def test_a_tied_embedding_is_held_twice_and_read_from_the_one_tensor(tmp_path) -> None:
+    """Nothing is transposed in a step, and what is exported is what was loaded."""
+    plan = EnginePlan.make(
+        EngineConfig.from_arguments(model="demo", dtype="float32", max_model_len=256, emulate="inf2"),
+        NeuronBackend.emulated(NeuronOptions(emulate="inf2")),
+    )
+    params = load_params(plan.folder, plan.model, np.float32, stacked=True)
+    np.testing.assert_array_equal(params["lm_head"], params["embed_tokens"].T)
+    assert plan.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    save_params(params, plan.model, tmp_path, dtype=np.float32)
+    again = load_params(tmp_path, load_config(plan.folder), np.float32, stacked=True)
+    np.testing.assert_array_equal(again["embed_tokens"], params["embed_tokens"])
+    assert "lm_head" not in again
