@@ -220,7 +220,7 @@ def _held_bytes(device: Any) -> int:
     """Bytes of a device's memory that this process's arrays take."""
     return sum(
         shard.data.nbytes
-        for array in jax.live_arrays()
+        for array in device.client.live_arrays()
         if device in array.devices()
         for shard in array.addressable_shards
         if shard.device == device

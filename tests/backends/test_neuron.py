@@ -1,6 +1,10 @@
 """NeuronCores without one: what is decided for them, what is refused, and an engine that takes every such decision on the CPU."""
 
+import json
 import os
+import subprocess
+import sys
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -11,13 +15,14 @@ from quire.backends.base import ShapeLimits, StepShape
 from quire.backends.environment import neuron_devices, neuron_target, prepare_neuron
 from quire.backends.neuron import NeuronBackend, NeuronOptions
 from quire.backends.select import select_backend
-from quire.engine import LLM, SamplingParams
+from quire.engine import LLM
 from quire.engine.config import EngineConfig
 from quire.engine.planning import EnginePlan
 from quire.kernels.errors import BackendError, InvalidConfigError
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import load_params, save_params
 from quire.models.registry import load_config
+from tests.backends.neuron_plugin import PARAMS, PROMPTS, SETTINGS
 from tests.engine.engines import check_idle, tiny_folder, token_ids
 
 DEFAULTS = ShapeLimits(32, 4, 4096, 32, 1)
@@ -207,23 +212,41 @@ FAMILIES = {
 }
 
 
+@cache
+def tokens_of_the_cpu(folder: str) -> list[list[list[int]]]:
+    llm = LLM(folder, device="cpu", **SETTINGS)
+    return token_ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_emulated_engine_gives_the_tokens_of_the_cpu(family: str) -> None:
     """Scanned layers, separate rectangles, 128-token tiles and the reference kernels, against the CPU's own path."""
     folder = str(tiny_folder(**FAMILIES[family]))
-    settings = {"load_format": "dummy", "dtype": "float32", "max_model_len": 200, "max_num_seqs": 4, "seed": 5}
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, detokenize=False),
-        SamplingParams(temperature=0.9, seed=3, max_tokens=12, ignore_eos=True, detokenize=False),
-    ]
-    prompts = [[3 + (7 * idx) % 90 for idx in range(length)] for length in (1, 17, 130, 64, 40, 5)]
-    outputs = []
-    for more in ({"emulate": "inf2", "block_size": 16}, {"device": "cpu"}):
-        llm = LLM(folder, **settings, sampling="random", **more)
-        outputs.append(token_ids(llm.generate(prompts, [params[idx % 2] for idx in range(6)], use_tqdm=False)))
-        check_idle(llm)
-    assert llm.core.capabilities.platform == "cpu"
-    assert outputs[0] == outputs[1]
+    llm = LLM(folder, emulate="inf2", block_size=16, **SETTINGS)
+    assert llm.core.capabilities.platform == "neuron"
+    assert token_ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == tokens_of_the_cpu(folder)
+    check_idle(llm)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_an_engine_through_jaxs_plugin_gives_the_tokens_of_the_cpu(num_devices: int) -> None:
+    """The plugin is stood in for by the CPU's client under its name; everything on this side of it is what runs on a device."""
+    folder = str(tiny_folder(num_attention_heads=6, num_key_value_heads=2))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NEURON")} | {
+        "JAX_PLATFORMS": "neuron,cpu",
+        "NEURON_PLATFORM_TARGET_OVERRIDE": "trn1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    command = [sys.executable, "-m", "tests.backends.neuron_plugin", folder, str(num_devices)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["tokens"] == tokens_of_the_cpu(folder)
+    assert said["recompilations"] == 0
+    assert (said["platform"], said["chip"], said["generator"]) == ("neuron", "trn1", "rbg")
+    assert said["flags"] == "--model-type=transformer --auto-cast=none"
+    assert said["cores"] == str(num_devices)
+    assert said["held"] > 0, "what the engine's arrays take is not free"
 
 
 def test_a_tied_embedding_is_held_twice_and_read_from_the_one_tensor(tmp_path) -> None:
