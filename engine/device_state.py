@@ -149,7 +149,8 @@ def empty_slots(num_slots: int, max_model_len: int, vocab_size: int) -> Slots:
 
 
 def write_row(slots: Slots, slot: jax.Array, row: Slots) -> Slots:
-    """The slots with one row replaced; compiled once, with `slots` donated."""
+    """The slots with one row replaced; compiled once, with `slots` donated. `slot` is clipped: some devices fail on one out of range."""
+    slot = jnp.clip(slot, 0, slots.num_tokens.shape[0] - 1)
     written: Slots = jax.tree.map(
         lambda all_rows, new: jax.lax.dynamic_update_index_in_dim(all_rows, new, slot, 0), slots, row
     )

@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from quire.backends.base import Program, StepShape
 from quire.engine.block_pool import NULL_BLOCK
@@ -106,6 +107,7 @@ class _Rectangles:
 def _one_step(
     config: StepConfig, shape: StepShape, params: Any, state: DeviceState, inputs: ModelInput
 ) -> tuple[DeviceState, StepOutput]:
+    inputs = _bounded(shape, state.slots, inputs)
     rectangles = _lay_out(shape, config.block_size, state.slots, inputs)
     places = _places_of_step(shape, inputs, rectangles)
     attend, run_layer = _make_attend(config, places), _make_run_layer(config, places)
@@ -149,12 +151,24 @@ def _sample(
     return SampleOutput(jnp.take_along_axis(token_ids, best[:, None], axis=1)[:, 0])
 
 
+def _bounded(shape: StepShape, slots: Slots, inputs: ModelInput) -> ModelInput:
+    """The inputs with whatever becomes an index clipped: on some devices one out of range is no wrong token but a failed device."""
+    sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
+    bounded: ModelInput = inputs.replace(  # type: ignore[attr-defined]
+        decode_slots=jnp.clip(inputs.decode_slots, 0, sink),
+        tile_slots=jnp.clip(inputs.tile_slots, 0, sink),
+        tile_starts=jnp.clip(inputs.tile_starts, 0, max_len - 1),
+        tile_lens=jnp.clip(inputs.tile_lens, 0, shape.tile_size),
+    )
+    return bounded
+
+
 def _lay_out(shape: StepShape, block_size: int, slots: Slots, inputs: ModelInput) -> _Rectangles:
     num_rows, num_tiles, tile_size = shape.decode_rows, shape.prefill_tiles, shape.tile_size
     sink = slots.num_tokens.shape[0] - 1
     max_len = slots.tokens.shape[1]
     # A row that reached its limit within the dispatch, or after the host planned it, computes nothing more.
-    num_tokens = slots.num_tokens[inputs.decode_slots]  # [R]
+    num_tokens = jnp.clip(slots.num_tokens[inputs.decode_slots], 0, max_len)  # [R]
     is_active = num_tokens < slots.max_total_tokens[inputs.decode_slots]
     decode_positions = jnp.maximum(num_tokens - 1, 0)
     offsets = jnp.arange(tile_size, dtype=jnp.int32)[None, :]
@@ -182,10 +196,13 @@ def _lay_out(shape: StepShape, block_size: int, slots: Slots, inputs: ModelInput
 def _places(
     tables: jax.Array, positions: jax.Array, is_real: jax.Array, block_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Block and offset, each [rows x width], of the tokens at `positions` [rows, width]; the null block where not real."""
-    block_idx = jnp.minimum(positions // block_size, tables.shape[1] - 1)
+    """Block and offset, each [rows x width], of the tokens at `positions` [rows, width]; the null block where not real.
+
+    Positions are not negative, so division needs no rounding towards minus infinity.
+    """
+    block_idx = jnp.minimum(jax.lax.div(positions, np.int32(block_size)), tables.shape[1] - 1)
     blocks = jnp.where(is_real, jnp.take_along_axis(tables, block_idx, axis=1), NULL_BLOCK)
-    return blocks.reshape(-1), jnp.where(is_real, positions % block_size, 0).reshape(-1)
+    return blocks.reshape(-1), jnp.where(is_real, jax.lax.rem(positions, np.int32(block_size)), 0).reshape(-1)
 
 
 def _places_of_step(shape: StepShape, inputs: ModelInput, rectangles: _Rectangles) -> StepPlaces:
@@ -299,7 +316,7 @@ def _sampling_rows(slots: Slots, slot_ids: jax.Array, mode: SamplingMode) -> Sam
 def _append(slots: Slots, slot_ids: jax.Array, token_ids: jax.Array) -> Slots:
     """Each sampled token goes to the end of its slot's tokens. The sink's length stays 0, so it is never active."""
     sink = slots.num_tokens.shape[0] - 1
-    num_tokens = slots.num_tokens[slot_ids]
+    num_tokens = jnp.clip(slots.num_tokens[slot_ids], 0, slots.tokens.shape[1])
     end = jnp.minimum(num_tokens, slots.tokens.shape[1] - 1)
     appended: Slots = slots.replace(  # type: ignore[attr-defined]
         tokens=slots.tokens.at[slot_ids, end].set(token_ids, mode="promise_in_bounds"),

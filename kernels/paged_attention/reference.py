@@ -16,7 +16,9 @@ MASKED = -1.0e30
 
 def write_kv(kv_cache: jax.Array, k_new: jax.Array, v_new: jax.Array, places: StepPlaces) -> jax.Array:
     """The reference of `contract.WriteKV`, on a `TokenMajor` cache: one scatter of whole token rows."""
-    blocks, offsets = places.write_blocks, places.write_offsets
+    # Clipped, as on some devices an index out of range is not ignored but fails.
+    blocks = jnp.clip(places.write_blocks, 0, kv_cache.shape[0] - 1)
+    offsets = jnp.clip(places.write_offsets, 0, kv_cache.shape[1] - 1)
     num_tokens, num_kv_heads, head_dim = k_new.shape
     kv_new = jnp.stack([k_new, v_new], axis=2).reshape(num_tokens, 2 * num_kv_heads, head_dim)  # [T, 2K, H]
     kv_new = _to_bits(kv_new, kv_cache.dtype)
@@ -55,7 +57,8 @@ def _gather(kv_cache: jax.Array, block_tables: jax.Array, dtype: jnp.dtype) -> j
     """[R, S, 2K * H]: the keys and values of every block in the tables."""
     num_blocks, _, num_heads_twice, head_dim = kv_cache.shape
     # Whole blocks as rows of a matrix: XLA:CPU then copies them, where with more axes it computes an index per element.
-    rows = kv_cache.reshape(num_blocks, -1).at[block_tables.reshape(-1)].get(mode="promise_in_bounds")
+    block_ids = jnp.clip(block_tables.reshape(-1), 0, num_blocks - 1)
+    rows = kv_cache.reshape(num_blocks, -1).at[block_ids].get(mode="promise_in_bounds")
     kv = rows.reshape(block_tables.shape[0], -1, num_heads_twice * head_dim)
     if kv.dtype == jnp.uint16:
         kv = jax.lax.bitcast_convert_type(kv, jnp.bfloat16)

@@ -90,8 +90,9 @@ def _unpack_mask(mask: jax.Array | None, vocab_size: int) -> jax.Array:
 
 def _sink(token_ids: jax.Array, vocab_size: int) -> jax.Array:
     """Token ids outside the vocabulary, -1 among them, sent to column V."""
-    is_token = (token_ids >= 0) & (token_ids < vocab_size)
-    return jnp.where(is_token, token_ids, np.int32(vocab_size))
+    # Read as unsigned, negative ones are the largest of all.
+    unsigned = lax.bitcast_convert_type(token_ids, jnp.uint32)
+    return jnp.minimum(unsigned, np.uint32(vocab_size)).astype(jnp.int32)
 
 
 def _row_idx(like: jax.Array) -> jax.Array:
