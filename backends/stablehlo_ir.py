@@ -121,7 +121,7 @@ def constant_bounds(op: Any) -> tuple[float, float] | None:
 def _signless(value: float, kind: Tensor) -> float:
     """Unsigned constants are told as signed ones by some versions of the bindings."""
     if kind.element.startswith("ui") and value < 0:
-        return value + 2 ** int(kind.element[2:])
+        return value + (1 << int(kind.element[2:]))
     return value
 
 

@@ -203,13 +203,9 @@ def _or(op: Any, facts: Sequence[Fact]) -> Fact:
     left, right = facts
     if left is None or right is None or left.low < 0 or right.low < 0:
         return None
-    if tensor(op.operation.results[0]).element == "i1" and name_is(op, "stablehlo.or"):
+    if tensor(op.operation.results[0]).element == "i1" and op.operation.name == "stablehlo.or":
         return Range(max(left.low, right.low), max(left.high, right.high))
     return Range(0, (1 << max(int(left.high), int(right.high)).bit_length()) - 1)
-
-
-def name_is(op: Any, name: str) -> bool:
-    return bool(op.operation.name == name)
 
 
 def _not(op: Any, facts: Sequence[Fact]) -> Fact:

@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from quire.backends.base import Capabilities
 from quire.kernels.linear.quantize import quantize_weight
-from quire.kernels.linear.reference import QuantizedMatrix
-from quire.kernels.ops import REFERENCE, Ops
+from quire.kernels.linear.reference import QuantizedMatrix, WeightOnlyMatrix
+from quire.kernels.ops import HELD_AS_ARRAYS, WEIGHT_ONLY, Ops
 from quire.models.config import ModelConfig
 from quire.models.parallel import held_shape, partition, read_held
 from quire.models.params import HostTensor, Params, ParamSpec, as_array, build_params, param_specs
@@ -40,16 +40,16 @@ class WeightPlacement:
         if spec.name == "embed_tokens":  # [V, D] in the checkpoint
             spec, tensor = _transposed(spec), np.asarray(tensor).T
         quantization = self._quantization_of(spec)
-        if self.ops.linear.name != REFERENCE:
+        if self.ops.linear.name not in HELD_AS_ARRAYS:
             return self.ops.linear.function(np.asarray(tensor), quantization)
         if quantization == "none":
             return self._put(spec, tensor)
         values, scales = quantize_weight(np.asarray(tensor))
-        return QuantizedMatrix(self._put(spec, values), self._put(_without_inputs(spec), scales))
+        return self._quantized(self._put(spec, values), self._put(_without_inputs(spec), scales))
 
     def abstract(self, *, stacked: bool) -> Params:
         """The tree that `place` makes on a mesh, of jax.ShapeDtypeStruct with shardings: for lowering without weights."""
-        assert self.ops.linear.name == REFERENCE, "packed weights are made of real ones"
+        assert self.ops.linear.name in HELD_AS_ARRAYS, "packed weights are made of real ones"
 
         def make(spec: ParamSpec, layer: int | None) -> Any:
             shape = spec.shape if layer is None else spec.layer_shape
@@ -58,7 +58,7 @@ class WeightPlacement:
             if spec.name == "embed_tokens":
                 spec, shape = _transposed(spec), shape[::-1]
             scales_shape = (*shape[:-2], shape[-1])
-            return QuantizedMatrix(
+            return self._quantized(
                 self._abstract(spec, shape, np.int8), self._abstract(_without_inputs(spec), scales_shape, np.float32)
             )
 
@@ -66,9 +66,13 @@ class WeightPlacement:
 
     def _is_prepared(self, spec: ParamSpec) -> bool:
         """Whether the linear op decides on the form. An embedding that is read row by row as well stays as it is."""
-        if spec.name == "embed_tokens" and self.ops.linear.name == REFERENCE and self.quantization == "none":
+        if spec.name == "embed_tokens" and self.ops.linear.name in HELD_AS_ARRAYS and self.quantization == "none":
             return False
         return spec.is_product_weight(self.model)
+
+    def _quantized(self, values: Any, scales: Any) -> QuantizedMatrix | WeightOnlyMatrix:
+        form = WeightOnlyMatrix if self.ops.linear.name == WEIGHT_ONLY else QuantizedMatrix
+        return form(values, scales)
 
     def _quantization_of(self, spec: ParamSpec) -> str:
         # Which expert a token goes to hangs on small differences.

@@ -28,6 +28,7 @@ from quire.kernels.paged_attention.contract import CacheFormat, PagedAttention, 
 from quire.kernels.sampling.contract import Sample
 
 REFERENCE = "reference"
+WEIGHT_ONLY = "weight_only"
 COMPOSED = "composed"
 PALLAS_TPU = "pallas_tpu"
 
@@ -47,8 +48,15 @@ def _composed(*_: Any, **__: Any) -> Any:
 
 
 LINEAR: Op[PrepareWeight] = Op(
-    "linear", (*_native(linear_cpu.prepare), Implementation(REFERENCE, linear_reference.prepare))
+    "linear",
+    (
+        *_native(linear_cpu.prepare),
+        Implementation(WEIGHT_ONLY, linear_reference.prepare_weight_only, linear_reference.refuses_weight_only),
+        Implementation(REFERENCE, linear_reference.prepare, linear_reference.refuses),
+    ),
 )
+HELD_AS_ARRAYS = frozenset({REFERENCE, WEIGHT_ONLY})
+"""Implementations of `linear` whose weights are plain arrays, which can be cut, stacked and described without values."""
 KV_CACHE: Op[CacheFormat] = Op(
     "kv_cache",
     (
@@ -155,11 +163,11 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
     linear = LINEAR.choose(context, wanted.get(LINEAR.name))
     layer = DECODER_LAYER.choose(context, wanted.get(DECODER_LAYER.name))
     # The fused layer multiplies packed weights, and packed experts are multiplied by the fused layer alone.
-    if linear.name == REFERENCE and layer.name != COMPOSED:
+    if linear.name in HELD_AS_ARRAYS and layer.name != COMPOSED:
         if DECODER_LAYER.name in wanted:
             raise KernelUnavailableError(f"decoder_layer={layer.name} needs a native linear too, not {linear.name}")
         layer = DECODER_LAYER.choose(context, COMPOSED)
-    if layer.name == COMPOSED and linear.name != REFERENCE and context.has_experts:
+    if layer.name == COMPOSED and linear.name not in HELD_AS_ARRAYS and context.has_experts:
         if LINEAR.name in wanted:
             raise KernelUnavailableError(f"linear={linear.name} packs experts, which need a native decoder_layer too")
         linear = LINEAR.choose(context, REFERENCE)

@@ -19,7 +19,7 @@ class Weight(Protocol):
     """A matrix [K, N] in a form of its own."""
 
     def matmul(self, x: jax.Array) -> jax.Array:
-        """x [T, K] times the matrix, summed in float32 (int8: in integers, exactly): [T, N] float32."""
+        """x [T, K] times the matrix, summed in float32 (int8: in integers, exactly, but for `weight_only`): [T, N] float32."""
         ...
 
     def columns(self, ids: jax.Array, dtype: Any) -> jax.Array:

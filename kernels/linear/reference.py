@@ -1,4 +1,4 @@
-"""Weights as plain arrays, and int8 ones as XLA multiplies them."""
+"""Weights as plain arrays, and int8 ones as XLA multiplies them: in integers, or, on devices without integer products, in floats."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from quire.kernels.linear.contract import Weight
 from quire.kernels.linear.quantize import quantize_rows, quantize_weight
+from quire.kernels.op import OpContext
 
 
 @flax.struct.dataclass
@@ -28,9 +29,50 @@ class QuantizedMatrix:
 
     def columns(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """See `contract.Weight`."""
-        ids = jnp.clip(ids, 0, self.values.shape[1] - 1)
-        values = jnp.take(self.values, ids, axis=1).T.astype(jnp.float32)
-        return (values * self.scales[ids][:, None]).astype(dtype)
+        return _columns(self.values, self.scales, ids, dtype)
+
+
+@flax.struct.dataclass
+class WeightOnlyMatrix:
+    """The same matrix, multiplied by activations as they are: integers up to 127 are exact in every float type, and scales come last."""
+
+    values: Any  # [..., K, N] int8
+    scales: Any  # [..., N] float32
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """See `contract.Weight`; summed in float32."""
+        sums = jnp.matmul(x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
+        return sums * self.scales[None, :]
+
+    def columns(self, ids: jax.Array, dtype: Any) -> jax.Array:
+        """See `contract.Weight`."""
+        return _columns(self.values, self.scales, ids, dtype)
+
+
+def _columns(values: jax.Array, scales: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
+    ids = jnp.clip(ids, 0, values.shape[1] - 1)
+    columns = jnp.take(values, ids, axis=1).T.astype(jnp.float32)
+    return (columns * scales[ids][:, None]).astype(dtype)
+
+
+def refuses(context: OpContext) -> str | None:
+    """Why `prepare` cannot serve a context, None when it can."""
+    if _lacks_integer_products(context) and context.quantization == "int8":
+        return f"{context.platform} has no products of integers"
+    return None
+
+
+def refuses_weight_only(context: OpContext) -> str | None:
+    """Why `prepare_weight_only` cannot serve a context, None when it can."""
+    if context.quantization == "none":
+        return "weights are not quantized"
+    if not _lacks_integer_products(context):
+        return "for devices without products of integers; here they are exact"
+    return None
+
+
+def _lacks_integer_products(context: OpContext) -> bool:
+    return context.platform == "neuron"
 
 
 def prepare(matrix: np.ndarray, quantization: str) -> jax.Array | Weight:
@@ -39,3 +81,11 @@ def prepare(matrix: np.ndarray, quantization: str) -> jax.Array | Weight:
         return jnp.asarray(np.ascontiguousarray(matrix))
     values, scales = quantize_weight(matrix)
     return QuantizedMatrix(jnp.asarray(np.ascontiguousarray(values)), jnp.asarray(scales))
+
+
+def prepare_weight_only(matrix: np.ndarray, quantization: str) -> jax.Array | Weight:
+    """`contract.PrepareWeight` for devices that multiply no integers."""
+    if quantization == "none":
+        return prepare(matrix, quantization)
+    values, scales = quantize_weight(matrix)
+    return WeightOnlyMatrix(jnp.asarray(np.ascontiguousarray(values)), jnp.asarray(scales))
