@@ -58,7 +58,9 @@ def _results(visit: Visit) -> list[Tensor]:
 
 
 def _types(visit: Visit, generation: str) -> Iterator[Break]:
-    for kind in dict.fromkeys((*_operands(visit), *_results(visit))):
+    # What is returned was found where it was made.
+    kinds = () if visit.name.endswith(".return") else (*_operands(visit), *_results(visit))
+    for kind in dict.fromkeys(kinds):
         if -1 in kind.shape:
             yield "dynamic-shape", f"{kind} has a dimension that is not static"
         if kind.element == "f64":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.backends.stablehlo_ir import NOWHERE, SourceLine, attribute, name_of, numbers, source_line, tensor
-from quire.backends.stablehlo_ranges import Fact, Range, direction, result_range, whole
+from quire.backends.stablehlo_ranges import Fact, Range, direction, fitted, result_range, union, whole
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Walker:
 
     def __init__(self, module: Any, visit: Callable[[Visit], None]) -> None:
         self._visit = visit
+        self._module = module  # operations do not keep theirs alive
         self._functions = {
             (attribute(op, "sym_name") or "").strip('"'): op.operation
             for op in module.body.operations
@@ -50,14 +51,18 @@ class Walker:
 
     def run(self) -> None:
         """Walks from `main` with nothing known of its arguments: whoever calls the program may be wrong about them."""
-        (block,) = self._functions["main"].regions[0].blocks
+        block = self.body("main")
         arguments = [whole(tensor(argument)) for argument in block.arguments]
         _Frame(self, {}, NOWHERE, 1).block(block, arguments)
 
     def call(self, name: str, facts: Sequence[Fact], place: SourceLine, times: int) -> list[Fact]:
         """Walks a private function; gives what is known of its results."""
+        return _Frame(self, {}, place, times).block(self.body(name), facts)
+
+    def body(self, name: str) -> Any:
+        """The block of a function."""
         (block,) = self._functions[name].regions[0].blocks
-        return _Frame(self, {}, place, times).block(block, facts)
+        return block
 
     def visit(self, visit: Visit) -> None:
         self._visit(visit)
@@ -101,8 +106,7 @@ class _Frame:
             results = [Range(0, self._walker.num_partitions - 1)]
         self._tell(op, name, facts, results, place)
         if name == "func.call":
-            callee = (attribute(op, "callee") or "").lstrip("@").strip('"')
-            return self._walker.call(callee, facts, place, self._times)
+            return self._walker.call(_callee(op), facts, place, self._times)
         if name == "sdy.manual_computation":  # the program of one device: of what it is given it has a part
             return self._inside(place, self._times).block(op.regions[0].blocks[0], facts)
         self._regions(op, name, place)
@@ -123,33 +127,33 @@ class _Frame:
             fact if value == argument else whole(tensor(argument))
             for argument, value, fact in zip(carried, returned, facts, strict=True)
         ]
-        counter = self._counter(condition, body, inside, facts)
-        trips = None
-        if counter is not None:
-            idx, values = counter
-            trips, inside[idx] = len(values), _range_of(values, inside[idx])
+        self._known.update(zip(carried, inside, strict=True))
+        self._known.update(zip(condition.arguments, inside, strict=True))
+        steps = [self._step(value, argument) for value, argument in zip(returned, carried, strict=True)]
+        trips = self._trips(condition, facts, steps)
+        if trips is not None:
+            inside = [
+                _counted(fact, first, step, trips) for fact, first, step in zip(inside, facts, steps, strict=True)
+            ]
         self._tell(op, "stablehlo.while", facts, inside, place, trips)
         times = self._times * (1 if trips is None else trips)
         self._inside(place, 0).block(condition, inside)
         self._inside(place, times).block(body, inside)
-        after = list(inside)
-        if counter is not None:
-            idx, values = counter
-            after[idx] = Range(values[-1] + values.step, values[-1] + values.step) if values else facts[idx]
-        return after
+        if trips is None:
+            return inside
+        kinds = [tensor(argument) for argument in carried]
+        return [
+            fact if step is None else fitted(_moved(first, step * trips), kind)
+            for fact, first, step, kind in zip(inside, facts, steps, kinds, strict=True)
+        ]
 
-    def _counter(
-        self, condition: Any, body: Any, inside: Sequence[Fact], before: Sequence[Fact]
-    ) -> tuple[int, range] | None:
-        """Which carried value counts the trips, and the values that it has in the body; None where the loop is not static.
+    def _trips(self, condition: Any, before: Sequence[Fact], steps: Sequence[int | None]) -> int | None:
+        """How often a loop runs; None where it is not static.
 
-        Static is what lax.scan and lax.fori_loop make: a counter that begins at a constant, is compared with a constant, and to
+        Static is what lax.scan and lax.fori_loop make: a counter that begins at a constant and is compared with a constant, and to
         which the body adds a constant.
         """
-        self._known.update(zip(condition.arguments, inside, strict=True))
-        self._known.update(zip(body.arguments, inside, strict=True))
-        verdict = list(condition.operations)[-1].operation.operands[0]
-        comparison = _owner(verdict)
+        comparison = _owner(list(condition.operations)[-1].operation.operands[0])
         if comparison is None or comparison.name != "stablehlo.compare":
             return None
         counted, limit = comparison.operands
@@ -157,23 +161,33 @@ class _Frame:
         if counted not in arguments:
             return None
         idx = arguments.index(counted)
-        addition = _owner(list(list(body.operations)[-1].operation.operands)[idx])
-        if addition is None or addition.name != "stablehlo.add" or addition.operands[0] != body.arguments[idx]:
-            return None
-        first, end, step = (
-            _number(f) for f in (before[idx], self._literal(limit), self._literal(addition.operands[1]))
-        )
+        first, end, step = _number(before[idx]), _number(self._literal(limit)), steps[idx]
         if first is None or end is None or not step:
             return None
         match direction(comparison):
             case "LT" if step > 0:
-                return idx, range(first, end, step)
+                return len(range(first, end, step))
             case "LE" if step > 0:
-                return idx, range(first, end + 1, step)
+                return len(range(first, end + 1, step))
             case "GT" if step < 0:
-                return idx, range(first, end, step)
+                return len(range(first, end, step))
             case "GE" if step < 0:
-                return idx, range(first, end - 1, step)
+                return len(range(first, end - 1, step))
+        return None
+
+    def _step(self, value: Any, argument: Any) -> int | None:
+        """What a body adds to a carried value from trip to trip, itself or in a function that it calls; None where it is not a constant."""
+        owner = _owner(value)
+        if owner is None:
+            return None
+        if owner.name == "stablehlo.add" and owner.operands[0] == argument:
+            return _number(self._literal(owner.operands[1]))
+        if owner.name == "func.call":
+            block = self._walker.body(_callee(owner))
+            returned = list(list(block.operations)[-1].operation.operands)[list(owner.results).index(value)]
+            passed = list(owner.operands)
+            if argument in passed:
+                return self._step(returned, block.arguments[passed.index(argument)])
         return None
 
     def _literal(self, value: Any) -> Fact:
@@ -206,5 +220,19 @@ def _number(fact: Fact) -> int | None:
     return int(fact.low) if fact is not None and fact.is_constant else None
 
 
-def _range_of(values: range, fallback: Fact) -> Fact:
-    return Range(min(values), max(values)) if values else fallback
+def _counted(inside: Fact, first: Fact, step: int | None, trips: int) -> Fact:
+    """What is known in the body of a value that moves by `step` from trip to trip; `inside` where it does not."""
+    if step is None or first is None or inside is None or trips == 0:
+        return inside
+    last = _moved(first, step * (trips - 1))
+    together = union(first, last)
+    # Where it would leave its type it wraps around.
+    return together if together is not None and together.within(inside.low, inside.high) else inside
+
+
+def _moved(fact: Fact, by: int) -> Fact:
+    return None if fact is None else Range(fact.low + by, fact.high + by)
+
+
+def _callee(call: Any) -> str:
+    return (attribute(call, "callee") or "").lstrip("@").strip('"')
