@@ -65,7 +65,7 @@ slow: $(TEST_READY)
 	$(BIN)/pytest -n 2 -m slow
 
 compat: $(OLDEST_READY)
-	$(OLDEST)/bin/pytest -n 2 -m "not slow" tests/kernels tests/engine
+	$(OLDEST)/bin/pytest -n 2 -m "not slow" tests/kernels tests/engine tests/backends
 
 # Without them those tests are skipped, and say so.
 system:

@@ -1,7 +1,6 @@
 """What the compiled steps are: the cache is donated and never copied, every batch has a shape, nothing is compiled late."""
 
 import re
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -21,7 +20,6 @@ from tests.engine.engines import (
     tiny_folder,
     token_ids,
 )
-from tests.models.helpers import neuron_violations
 
 # Large enough that a copy of the cache would stand out from everything else in the program.
 NUM_BLOCKS = 4000
@@ -103,18 +101,6 @@ def test_padded_equals_unpadded(llm: LLM) -> None:
     padded = generate(tiny_engine(enable_prefix_caching=False), prompts, params)
     for count in (1, 2, 4):
         assert token_ids(generate(llm, prompts[:count], params[:count])) == token_ids(padded[:count])
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_no_step_uses_what_neuron_lacks(scan_layers: bool) -> None:
-    """Apart from the small top_k of logprobs, which belongs to the full sampler. Kernels in C++ are the CPU's alone."""
-    backend = FewShapesBackend(scan_layers=scan_layers)
-    runner = tiny_engine(scan_layers=scan_layers, kernels=XLA_KERNELS).core.runner
-    for shape in runner.programs:
-        for sampling in (SamplingMode.GREEDY, SamplingMode.RANDOM):
-            plain = replace(shape, sampling=sampling, prompt_logprobs=False)
-            program = runner.step_source(plain).lower(backend).as_text()
-            assert neuron_violations(program) == []
 
 
 def test_a_late_compilation_is_counted(llm: LLM) -> None:

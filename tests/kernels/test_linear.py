@@ -2,17 +2,78 @@
 
 from functools import partial
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from quire.kernels.errors import KernelUnavailableError
 from quire.kernels.linear import cpu, reference
-from tests.kernels.linear_suite import SHAPES, LinearConformance
+from quire.kernels.linear.quantize import quantize_weight
+from quire.kernels.op import OpContext
+from quire.kernels.ops import choose_ops
+from tests.kernels.linear_suite import (
+    DTYPES,
+    SHAPES,
+    TOLERANCE,
+    LinearConformance,
+    Shape,
+    activations,
+    product,
+    source,
+)
 from tests.kernels.native import needs
 
 
 class TestReference(LinearConformance):
     prepare = staticmethod(reference.prepare)
     takes_mixed_dtypes = False
+
+
+class TestWeightOnly(LinearConformance):
+    """For devices without products of integers; activations stay as they are."""
+
+    prepare = staticmethod(reference.prepare_weight_only)
+    takes_mixed_dtypes = False
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_an_int8_product_is_the_references_bit_for_bit(self, dtype: str, shape: Shape) -> None:
+        """In its place: the product with the matrix that the int8 values and scales stand for, but for float32 sums."""
+        matrix, x = source("int8", (shape.k, shape.n)), activations(dtype, (shape.t, shape.k))
+        values, scales = quantize_weight(matrix)
+        exact_x, exact_w = x.astype(np.float64), values.astype(np.float64) * scales.astype(np.float64)
+        found = np.asarray(product(jnp.asarray(x), self.weight(matrix, "int8")), np.float64)
+        error = np.abs(found - exact_x @ exact_w)
+        assert (error <= TOLERANCE * (np.abs(exact_x) @ np.abs(exact_w))).all()
+
+
+@pytest.mark.parametrize(
+    ("platform", "quantization", "name"),
+    [
+        ("neuron", "int8", "weight_only"),
+        ("neuron", "none", "reference"),
+        ("tpu", "int8", "reference"),
+        ("cpu", "int8", "reference"),
+    ],
+)
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_int8_is_multiplied_in_integers_where_there_are_products_of_them(
+    platform: str, quantization: str, name: str, has_experts: bool
+) -> None:
+    context = OpContext(
+        platform, "", "bfloat16", 8, 2, 64, 16, quantization=quantization, has_experts=has_experts, scan_layers=True
+    )
+    assert choose_ops(context).linear.name == name
+
+
+def test_int8_products_that_a_device_lacks_are_refused_by_name() -> None:
+    neuron, cpu = (
+        OpContext(platform, "", "bfloat16", 8, 2, 64, 16, quantization="int8") for platform in ("neuron", "cpu")
+    )
+    with pytest.raises(KernelUnavailableError, match="reference: neuron has no products of integers"):
+        choose_ops(neuron, {"linear": "reference"})
+    with pytest.raises(KernelUnavailableError, match="weight_only: for devices without products of integers"):
+        choose_ops(cpu, {"linear": "weight_only"})
 
 
 @needs("avx512bf16")

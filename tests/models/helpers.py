@@ -1,6 +1,5 @@
 """A dense causal `attend` and what runs on it. Needs no torch; what does is in `tiny`."""
 
-import re
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -56,15 +55,3 @@ def _compiled(config: ModelConfig) -> Callable[[Params, Array], Array]:
 
 def random_ids(vocab_size: int, num_tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, num_tokens, dtype=np.int32)
-
-
-def neuron_violations(program: str) -> list[str]:
-    """Lines of a lowered StableHLO program that neuronx-cc has no lowering for, or a wrong one."""
-    forbidden = (
-        r"stablehlo\.(sort|if|case|custom_call|rng|rng_bit_generator)\b"
-        r"|chlo\.top_k"
-        r"|[x<]f64>|[x<]u?i64>"
-        r"|dot_general.*[x<]u?i\d+>"
-        r"|stablehlo\.reduce\([^)]*\), \("  # two init values: a reduction over pairs, as argmax is
-    )
-    return [line for line in program.splitlines() if re.search(forbidden, line)]
