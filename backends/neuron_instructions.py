@@ -2,8 +2,8 @@
 
 An approximation, in both halves. The limit is a default of the compiler. The estimate counts tiles of the documented sizes
 (matmuls of 128 x 128 x 512, other instructions of 128 partitions x 2,048 elements, one DMA descriptor for each slice that is gathered
-or scattered) and knows nothing of fusion, of layouts or of how the compiler tiles. It says whether a program is far from the limit or
-beyond it.
+or scattered) and knows nothing of fusion, of layouts, of kernels or of how the compiler tiles. It says whether a program is far from
+the limit or beyond it.
 """
 
 from __future__ import annotations
@@ -50,9 +50,13 @@ def instructions(op: Any, name: str) -> int:
         return _matmul(op)
     if name in _DATA_MOVES:
         return _descriptors(op, name)
+    kinds = [tensor(value) for value in (*op.operation.operands, *op.operation.results)]
+    if name == "stablehlo.custom_call":
+        # A kernel's instructions are not in the program. What it makes is counted, not what it may update in place, such as the cache.
+        operands = {tensor(value) for value in op.operation.operands}
+        kinds = [tensor(value) for value in op.operation.results if tensor(value) not in operands]
     # A reduction is as long as what it reads, a broadcast as what it writes.
-    values = [*op.operation.operands, *op.operation.results]
-    return max((_tiles(tensor(value)) for value in values), default=0)
+    return max(map(_tiles, kinds), default=0)
 
 
 def _tiles(kind: Tensor) -> int:

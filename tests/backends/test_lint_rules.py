@@ -344,6 +344,35 @@ def test_a_dynamic_shape_is_found() -> None:
     assert lint(program.replace("?", "4")).errors == ()
 
 
+@pytest.mark.parametrize("target", sorted(neuron_rules.CALLEES))
+def test_calls_that_the_compiler_resolves_are_left_alone(target: str) -> None:
+    program = f"""
+    module {{
+      func.func public @main(%arg0: tensor<4xf32>) -> tensor<4xf32> {{
+        %0 = stablehlo.custom_call @{target}(%arg0) : (tensor<4xf32>) -> tensor<4xf32>
+        return %0 : tensor<4xf32>
+      }}
+    }}"""
+    assert lint(program).findings == ()
+    assert [finding.rule.name for finding in lint(program.replace(target, f"{target}2")).errors] == ["custom-call"]
+
+
+def test_a_loop_whose_index_moves_by_more_than_one_is_followed() -> None:
+    """Both ways to carry an index: the loop's own counter, and one beside it, moved in a function that the body calls."""
+    step = jax.jit(lambda i: i + 3)
+
+    def program(x, last):
+        def body(_, carried):
+            i, total = carried
+            return step(i), total + jax.lax.dynamic_index_in_dim(x, i, 0)
+
+        return jax.lax.fori_loop(0, last, body, (jnp.int32(1), x[:1]))
+
+    assert lint(lowered(partial(program, last=3), (FLOATS,))).errors == ()
+    (finding,) = lint(lowered(partial(program, last=4), (FLOATS,))).errors
+    assert "1 to 10" in finding.detail
+
+
 def test_fp8_of_the_ieee_kind_is_for_v2_and_v3_and_the_other_for_v4() -> None:
     program = lowered(eight_bits, (FLOATS,))
     assert {g: bool(lint(program, generation=g).errors) for g in neuron_rules.GENERATIONS} == {
