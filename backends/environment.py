@@ -197,9 +197,13 @@ def neuron_logical_cores() -> int | None:
     return int(text)
 
 
-def neuron_cache_url() -> str:
-    """Where neuronx-cc's results are kept: a folder, or an s3:// address."""
-    return os.environ.get("NEURON_COMPILE_CACHE_URL", str(cache_folder() / "neuron"))
+def neuron_cache_folder() -> Path | None:
+    """Where what neuronx-cc made by itself is kept: the folder of $NEURON_COMPILE_CACHE_URL.
+
+    None where that is no folder but an s3:// address, which only AWS's own packages can read.
+    """
+    url = os.environ.get("NEURON_COMPILE_CACHE_URL", str(cache_folder() / "neuron"))
+    return None if "://" in url else Path(url) / "neff"
 
 
 def neuron_flags() -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quire.backends.rank_program import RankProgram
 from quire.kernels.errors import BackendError
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ class NeuronCompiler:
             *own,
         ]
 
-    def compile(self, hlo: bytes, name: str) -> bytes:
-        """The NEFF of a serialized HloModuleProto; `name` is for messages.
+    def compile(self, program: RankProgram, name: str) -> bytes:
+        """The NEFF of a program; `name` is for messages.
 
         Tried again with less optimization where it fails. Raises BackendError with the compiler's words when that fails too, or when
         there is no compiler.
@@ -83,14 +84,14 @@ class NeuronCompiler:
             raise BackendError(
                 f"{COMPILER} is not on the path, and {name} has to be compiled: install AWS's Neuron packages, or compile elsewhere"
             )
-        kept = self._kept(hlo)
+        kept = self._kept(program)
         if kept is not None and kept.is_file():
             return kept.read_bytes()
         try:
-            neff = self._run(hlo, name, self.flags)
+            neff = self._run(program.hlo, name, self.flags)
         except BackendError as error:
             logger.warning("%s; trying once more with less optimization", error)
-            neff = self._run(hlo, name, retried(self.flags))
+            neff = self._run(program.hlo, name, retried(self.flags))
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             # Written beside and renamed, so that nobody reads half of one.
@@ -99,11 +100,11 @@ class NeuronCompiler:
             os.replace(written.name, kept)
         return neff
 
-    def _kept(self, hlo: bytes) -> Path | None:
+    def _kept(self, program: RankProgram) -> Path | None:
         if self.cache is None:
             return None
         said = "\0".join((compiler_version(), self.target, str(self.logical_cores), *self.flags, ""))
-        key = hashlib.sha256(said.encode() + hlo).hexdigest()
+        key = hashlib.sha256((said + program.text).encode()).hexdigest()
         return self.cache / f"{key}.neff"
 
     def _run(self, hlo: bytes, name: str, flags: Sequence[str]) -> bytes:

@@ -46,8 +46,8 @@ class CompiledProgram:
 
 
 @dataclass(frozen=True)
-class CompileReport:
-    """An engine's programs for one target; bytes are of one device."""
+class PlannedEngine:
+    """What an engine for one target was planned to be; bytes are of one device."""
 
     model: str
     target: str
@@ -57,19 +57,15 @@ class CompileReport:
     hbm_bytes: int
     weight_bytes: int
     cache_bytes: int
-    temp_bytes: int
-    """The most of any program; `planned_temp_bytes` is what the cache leaves room for."""
     planned_temp_bytes: int
+    """What the cache leaves room for."""
     block_bytes: int
     block_size: int
     num_kv_blocks: int
-    seconds: float
-    compile_seconds: float
-    programs: tuple[CompiledProgram, ...]
 
     @classmethod
-    def of(cls, plan: EnginePlan, target: str, programs: list[CompiledProgram], seconds: float) -> CompileReport:
-        """Puts the programs beside what the plan says."""
+    def of_plan(cls, plan: EnginePlan, target: str) -> PlannedEngine:
+        """Reads the plan."""
         resolved = plan.resolved
         return cls(
             model=plan.settings.model.model,
@@ -80,11 +76,33 @@ class CompileReport:
             hbm_bytes=plan.backend.kv_cache_bytes(1.0, 0),
             weight_bytes=plan.weight_bytes,
             cache_bytes=plan.block_bytes * resolved.num_kv_blocks,
-            temp_bytes=max(program.temp_bytes for program in programs),
             planned_temp_bytes=plan.working_bytes,
             block_bytes=plan.block_bytes,
             block_size=resolved.block_size,
             num_kv_blocks=resolved.num_kv_blocks,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CompileReport(PlannedEngine):
+    """An engine's programs for one target; bytes are of one device."""
+
+    temp_bytes: int
+    """The most of any program."""
+    seconds: float
+    compile_seconds: float
+    programs: tuple[CompiledProgram, ...]
+
+    @classmethod
+    def of(cls, plan: EnginePlan, target: str, programs: list[CompiledProgram], seconds: float) -> CompileReport:
+        """Puts the programs beside what the plan says."""
+        return cls(
+            **vars(PlannedEngine.of_plan(plan, target)),
+            temp_bytes=max(program.temp_bytes for program in programs),
             seconds=seconds,
             compile_seconds=sum(program.seconds for program in programs),
             programs=tuple(programs),
@@ -94,10 +112,6 @@ class CompileReport:
     def failures(self) -> list[CompiledProgram]:
         """Programs that did not compile."""
         return [program for program in self.programs if program.error is not None]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return dataclasses.asdict(self)
 
 
 def examine(source: ProgramSource, plan: EnginePlan, folder: Path | None) -> CompiledProgram:
@@ -110,10 +124,10 @@ def examine(source: ProgramSource, plan: EnginePlan, folder: Path | None) -> Com
     try:
         lowered = source.lower(plan.backend)
         if folder is not None:
-            (folder / f"{_file_name(name)}.stablehlo.mlir").write_text(lowered.as_text(), encoding="utf-8")
+            (folder / f"{file_name(name)}.stablehlo.mlir").write_text(lowered.as_text(), encoding="utf-8")
         compiled: Any = plan.backend.compile(lowered)
     except jax.errors.JaxRuntimeError as error:
-        return CompiledProgram(name, time.perf_counter() - begin, error=_shortened(str(error)))
+        return CompiledProgram(name, time.perf_counter() - begin, error=shortened(str(error)))
     seconds = time.perf_counter() - begin
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return CompiledProgram(
@@ -145,10 +159,12 @@ def _count_cache_copies(text: str, plan: EnginePlan) -> int:
     return len(re.findall(rf"= (?:\()?{re.escape(shape)}\S* copy(?:-start)?\(", text))
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """A program's name as that of a file."""
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """A compiler's message as far as it can be read."""
     text = text.strip()
     return text if len(text) <= _MAX_ERROR_LEN else f"{text[:_MAX_ERROR_LEN]} ... ({math.ceil(len(text) / 1000)} kB)"
