@@ -34,6 +34,8 @@ class OpContext:
     has_experts: bool = False
     instruction_sets: frozenset[str] = frozenset()
     """What the host's processor can do, as Linux names it; for CPUs only."""
+    nki_self_test: str | None = "their self-test was not run"
+    """Why the NKI kernels are not to be trusted on this device; None once they passed `nki_self_test` on it."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,23 @@
-"""Paged attention for NeuronCores, in plain NKI: attention of a few queries per row, and the cache write.
+"""Paged attention for NeuronCores, in plain NKI: attention of rows of queries, few or a tile of a prompt, and the cache write.
 
 Within what NeuronCore-v2 takes: float32 PSUM, DMA by software descriptors, biases as tiles, loops that are unrolled. Nothing here imports
 quire or is decorated: nki.py says how it is called, and `quire.kernels.nki` how it is emulated.
 
-R rows, K key/value heads, Q queries of a row per key/value head, padded to 32, 64 or 128, H head_dim, S keys, padded to a multiple
-of 128; L = 2 x K x H numbers that the cache holds of a token: k0, v0, k1, v1, ...
+R rows, K key/value heads, H head_dim, S keys, padded to a multiple of 128; L = 2 x K x H numbers that the cache holds of a token:
+k0, v0, k1, v1, ... The queries of a key/value head are cut into E lots of at most 128, which hold whole query heads, so that
+every lot sees the same keys; Q are the lanes of one, 32, 64 or 128.
 
-A row's keys pass in tiles of up to 512, four gathers of 128 token rows: as many scores per query as one bank of PSUM holds. The
-time of VectorE and ScalarE depends on how many keys a tile has, not on how many of the 128 partitions are in use, so the queries of
-several heads are stacked on partitions: P = Q x heads of a group, each head where an instruction may start. Per tile:
+A row's keys pass in tiles of up to 512, four gathers of 128 token rows: as many scores per query as one bank of PSUM holds. A tile is
+gathered once and its keys are transposed once, whatever the number of lots. The time of VectorE and ScalarE depends on how many keys a
+tile has, not on how many of the 128 partitions are in use, so where a head has one small lot those of several heads are stacked on
+partitions: P = Q x heads of a group, each head where an instruction may start. Per tile:
 
     K  [128, H]  --TensorE-->  K^T [H, 512]       per head: H must lie on partitions to be contracted
-    q^T [H, Q],  K^T           scores [P, 512]    product per head; mask and exponentials per group, row sums for free
-    w  [P, 512]  --TensorE-->  w^T [128, P] x 4   per group
-    w^T [128, Q], V [128, H]   [P, H]             per head, summed over the four in PSUM; then into the group's running output
+    q^T [H, Q],  K^T           scores [P, 512]    product per head; mask and exponentials per lot of a group, row sums for free
+    w  [P, 512]  --TensorE-->  w^T [128, P] x 4   per lot
+    w^T [128, Q], V [128, H]   [P, H]             per head, summed over the four in PSUM; then into the lot's running output
+
+Lengths are numbers of the run, and loops are not: tiles that no query of a row sees are masked, and their keys are not fetched.
 """
 
 # Front ends of NKI parse kernels and are not known to take annotations; and AWS's package, where it is installed, has no types.
@@ -28,65 +32,75 @@ BUFFERS = 2  # tiles of keys: one is gathered into while the other is attended t
 MASKED = -1.0e30
 
 
-def decode_attention(q, kv_cache, slots, bounds, scale, soft_cap, has_window, gathers_per_tile):
+def attention(q, kv_cache, slots, bounds, scale, soft_cap, has_window, gathers_per_tile):
     """Attends each row's queries to its keys, by an online softmax over tiles of them.
 
     Args:
-        q: [R, h, H / h, K, Q], not scaled; its dtype is the cache's. A head_dim above 128 is contracted in parts of h.
+        q: [R, h, H / h, K * E, Q], not scaled; its dtype is the cache's. A head_dim above 128 is contracted in parts of h.
         kv_cache: [num_blocks, block_size, 2K, H].
         slots: [R, 128, S / 128] int32, the place of key t * 128 + p at [p, t], as block * block_size + offset. A key that no query of
             its row sees has the number of slots, which lies outside and is not fetched: what the cache holds there may be anything.
         bounds: [R, P, 2] float32: each query sees the keys from the first up to but not including the second, the same for every
-            head of a group; P is Q times min(128 / Q, K).
+            head of a group and for every lot; P is Q times min(128 / Q, K), and Q where there are several lots.
         scale: multiplies the scores.
         soft_cap: scores become soft_cap * tanh(scores / soft_cap); 0 for none.
         has_window: whether first bounds are above 0.
         gathers_per_tile: 1 to 4, as SBUF has room.
 
-    Returns: [R, K * Q, H] in q's dtype.
+    Returns: [R, K * E * Q, H] in q's dtype.
     """
-    num_rows, part, num_parts, num_kv_heads, num_queries = q.shape
-    head_dim = part * num_parts
-    num_gathers = slots.shape[2]
-    lanes = bounds.shape[1]
-    heads_per_group = lanes // num_queries
-    num_groups = (num_kv_heads + heads_per_group - 1) // heads_per_group
-    out = nl.ndarray((num_rows, num_kv_heads * num_queries, head_dim), q.dtype, buffer=nl.shared_hbm)
-    key_idx = nl.ndarray((lanes, ROWS * gathers_per_tile), nl.float32, buffer=nl.sbuf)
+    num_rows, part, num_parts, num_lots, num_queries = q.shape
+    out = nl.ndarray((num_rows, num_lots * num_queries, part * num_parts), q.dtype, buffer=nl.shared_hbm)
+    key_idx = nl.ndarray((bounds.shape[1], ROWS * gathers_per_tile), nl.float32, buffer=nl.sbuf)
     nisa.iota(dst=key_idx, pattern=[[1, ROWS * gathers_per_tile]])
     for row in range(num_rows):
-        queries = load(q[row])  # [h, H / h, K, Q]
-        index = load(slots[row])  # [128, S / 128]
-        limits = load(bounds[row])  # [P, 2]
-        buffers = cleared_buffers(kv_cache, q.dtype, gathers_per_tile)
-        neg_max = nl.ndarray((lanes, num_groups), nl.float32, buffer=nl.sbuf)
-        total = nl.ndarray((lanes, num_groups), nl.float32, buffer=nl.sbuf)
-        acc = nl.ndarray((lanes, num_groups, head_dim), nl.float32, buffer=nl.sbuf)
-        for first in range(0, num_gathers, gathers_per_tile):
-            size = min(gathers_per_tile, num_gathers - first)
-            kv = buffers[:, (first // gathers_per_tile) % BUFFERS, 0:size]
-            gather(kv, kv_cache, index, first)
-            bias = mask(key_idx[:, 0 : size * ROWS], limits, first * ROWS, has_window)
-            for group in range(num_groups):
-                first_head = group * heads_per_group
-                num_heads = min(heads_per_group, num_kv_heads - first_head)
-                used = num_heads * num_queries
-                scores = masked_scores(queries, kv, first_head, bias[0:used], scale, soft_cap)
+        attend_row(out[row], q[row], kv_cache, slots[row], bounds[row], key_idx, scale, soft_cap, has_window)
+    return out
+
+
+def attend_row(out, q, kv_cache, slots, bounds, key_idx, scale, soft_cap, has_window):
+    """One row of `attention`: out [K * E * Q, H], q [h, H / h, K * E, Q], slots [128, S / 128], bounds [P, 2]."""
+    gathers_per_tile = key_idx.shape[1] // ROWS
+    num_kv_heads, head_dim = kv_cache.shape[2] // 2, kv_cache.shape[3]
+    queries, index, limits = load(q), load(slots), load(bounds)
+    _, _, num_lots, num_queries = queries.shape
+    lanes, num_gathers = limits.shape[0], index.shape[1]
+    heads_per_group, lots_per_head = lanes // num_queries, num_lots // num_kv_heads
+    num_groups = (num_kv_heads + heads_per_group - 1) // heads_per_group
+    num_states = num_groups * lots_per_head
+    buffers = cleared_buffers(kv_cache, queries.dtype, gathers_per_tile)
+    neg_max = nl.ndarray((lanes, num_states), nl.float32, buffer=nl.sbuf)
+    total = nl.ndarray((lanes, num_states), nl.float32, buffer=nl.sbuf)
+    acc = nl.ndarray((lanes, num_states, head_dim), nl.float32, buffer=nl.sbuf)
+    for first in range(0, num_gathers, gathers_per_tile):
+        size = min(gathers_per_tile, num_gathers - first)
+        kv = buffers[:, (first // gathers_per_tile) % BUFFERS, 0:size]
+        gather(kv, kv_cache, index, first)
+        bias = mask(key_idx[:, 0 : size * ROWS], limits, first * ROWS, has_window)
+        for group in range(num_groups):
+            first_head = group * heads_per_group
+            num_heads = min(heads_per_group, num_kv_heads - first_head)
+            used = num_heads * num_queries
+            keys_t = transposed_keys(kv, first_head, num_heads, queries.shape[0], queries.shape[1])
+            for lot in range(lots_per_head):
+                state = group * lots_per_head + lot
+                # Several heads are stacked only where each has one lot, so that either the heads or the lots are several.
+                first_lot = first_head * lots_per_head + lot
+                scores = masked_scores(queries, keys_t, first_lot, bias[0:used], scale, soft_cap)
                 online_softmax_step(
                     scores,
                     kv,
                     first_head,
                     num_queries,
                     first == 0,
-                    neg_max[0:used, group : group + 1],
-                    total[0:used, group : group + 1],
-                    acc[0:used, group, :],
+                    neg_max[0:used, state : state + 1],
+                    total[0:used, state : state + 1],
+                    acc[0:used, state, :],
                 )
-        for group in range(num_groups):
-            first_lane = group * lanes
-            used = min(lanes, num_kv_heads * num_queries - first_lane)
-            store(out[row, first_lane : first_lane + used, :], total[0:used, group : group + 1], acc[0:used, group, :])
-    return out
+    for state in range(num_states):
+        first_lane = state * lanes
+        used = min(lanes, num_lots * num_queries - first_lane)
+        store(out[first_lane : first_lane + used, :], total[0:used, state : state + 1], acc[0:used, state, :])
 
 
 def load(x):
@@ -148,35 +162,36 @@ def transposed_dtype(dtype):
     return nl.float32 if nisa.get_nc_version() == nisa.nc_version.gen2 else dtype
 
 
-def transposed_keys(kv, head, part, num_parts):
-    """[h, H / h, keys] of one head, in the cache's dtype. ScalarE copies them out of PSUM, as VectorE has more to do."""
-    num_gathers = kv.shape[1]
-    keys_t = nl.ndarray((part, num_parts, num_gathers * ROWS), kv.dtype, buffer=nl.sbuf)
-    for i in range(num_parts):
-        in_psum = nl.ndarray((part, num_gathers * ROWS), transposed_dtype(kv.dtype), buffer=nl.psum)
-        for j in range(num_gathers):
-            nisa.nc_transpose(
-                dst=in_psum[:, j * ROWS : (j + 1) * ROWS],
-                data=kv[:, j, 2 * head, i * part : (i + 1) * part],
-                engine=nisa.engine.tensor,
-            )
-        nisa.activation(dst=keys_t[:, i, :], op=nl.copy, data=in_psum)
+def transposed_keys(kv, first_head, num_heads, part, num_parts):
+    """[h, H / h, heads, keys] in the cache's dtype. ScalarE copies them out of PSUM, as VectorE has more to do."""
+    num_keys = kv.shape[1] * ROWS
+    keys_t = nl.ndarray((part, num_parts, num_heads, num_keys), kv.dtype, buffer=nl.sbuf)
+    for head in range(num_heads):
+        for i in range(num_parts):
+            in_psum = nl.ndarray((part, num_keys), transposed_dtype(kv.dtype), buffer=nl.psum)
+            for j in range(kv.shape[1]):
+                nisa.nc_transpose(
+                    dst=in_psum[:, j * ROWS : (j + 1) * ROWS],
+                    data=kv[:, j, 2 * (first_head + head), i * part : (i + 1) * part],
+                    engine=nisa.engine.tensor,
+                )
+            nisa.activation(dst=keys_t[:, i, head, :], op=nl.copy, data=in_psum)
     return keys_t
 
 
-def masked_scores(queries, kv, first_head, bias, scale, soft_cap):
-    """[P, keys] float32 of the heads of a group, which start at `first_head`."""
-    part, num_parts, _, num_queries = queries.shape
-    lanes, num_keys = bias.shape
+def masked_scores(queries, keys_t, first_lot, bias, scale, soft_cap):
+    """[P, keys] float32 of one lot of each head of a group; the first head's is lot `first_lot` of the row."""
+    _, num_parts, num_heads, num_keys = keys_t.shape
+    num_queries = queries.shape[3]
+    lanes = bias.shape[0]
     product = nl.ndarray((lanes, num_keys), nl.float32, buffer=nl.psum)
-    for i in range(lanes // num_queries):
-        keys_t = transposed_keys(kv, first_head + i, part, num_parts)
-        for j in range(num_parts):
+    for head in range(num_heads):
+        for i in range(num_parts):
             nisa.nc_matmul(
-                dst=product[i * num_queries : (i + 1) * num_queries, :],
-                stationary=queries[:, j, first_head + i, :],
-                moving=keys_t[:, j, :],
-                accumulate=j > 0,
+                dst=product[head * num_queries : (head + 1) * num_queries, :],
+                stationary=queries[:, i, first_lot + head, :],
+                moving=keys_t[:, i, head, :],
+                accumulate=i > 0,
             )
     scores = nl.ndarray((lanes, num_keys), nl.float32, buffer=nl.sbuf)
     if soft_cap == 0:
@@ -191,7 +206,7 @@ def masked_scores(queries, kv, first_head, bias, scale, soft_cap):
 
 
 def online_softmax_step(scores, kv, first_head, num_queries, is_first, neg_max, total, acc):
-    """Takes a tile's scores [P, keys] into a group's running maximum (negated, as exp's bias wants it), sum and output [P, H]."""
+    """Takes a tile's scores [P, keys] into a lot's running maximum (negated, as exp's bias wants it), sum and output [P, H]."""
     lanes = scores.shape[0]
     tile_max = nl.ndarray((lanes, 1), nl.float32, buffer=nl.sbuf)
     tile_total = nl.ndarray((lanes, 1), nl.float32, buffer=nl.sbuf)
@@ -248,7 +263,7 @@ def weighted_values(weights, kv, first_head, num_queries):
 
 
 def store(out, total, acc):
-    """Divides a group's output [P, H] by its sums and writes it. A sum is 1 at least: it holds the weight of the maximum."""
+    """Divides a lot's output [P, H] by its sums and writes it. A sum is 1 at least: it holds the weight of the maximum."""
     inverse = nl.ndarray(total.shape, nl.float32, buffer=nl.sbuf)
     nisa.reciprocal(dst=inverse, data=total)
     result = nl.ndarray(acc.shape, out.dtype, buffer=nl.sbuf)

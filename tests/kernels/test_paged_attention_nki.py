@@ -39,6 +39,18 @@ CASES = [
     Case("two_heads_of_64_lanes", ((140, 8),), num_heads=12, num_kv_heads=2, block_size=16),
     Case("one_head_of_128_lanes", ((140, 8),), num_heads=16, num_kv_heads=1, block_size=16),
     Case("tiles_of_three_gathers", ((500, 1),), num_heads=9, num_kv_heads=9, head_dim=256, block_size=32),
+    # Tiles of a prompt: as many lots per head as its group has heads, or half of them, and a lot that is not full.
+    Case("prefill_tile", ((0, 128), (500, 128), (0, 0)), num_heads=8, head_dim=64, block_size=32, **BF16),
+    *(
+        Case(f"prefill_head_dim_{h}", ((70, 128), (0, 3)), head_dim=h, block_size=32, **BF16)
+        for h in (80, 96, 128, 256)
+    ),
+    *(Case(f"prefill_group_of_{g}", ((130, 64), (0, 64)), num_heads=2 * g, block_size=16) for g in (1, 3, 8)),
+    *(Case(f"prefill_blocks_of_{b}", ((200, 128), (1, 77)), block_size=b, **BF16) for b in (8, 24, 64, 128)),
+    *(Case(f"prefill_width_{w}", ((130, w), (5, w - 9)), num_heads=6, block_size=16) for w in (33, 43, 100)),
+    Case("prefill_window", ((600, 128), (0, 128)), block_size=16, sliding_window=130),
+    Case("prefill_window_within_a_gather", ((600, 40),), block_size=16, sliding_window=5, soft_cap=3.0),
+    Case("rows_of_several_pieces", ((100, 300), (0, 129), (0, 0)), block_size=16),
     Case("soft_cap_over_tiles", ((600, 1),), block_size=16, soft_cap=1.5),
 ]
 CONTEXT = OpContext("neuron", "NC_v2", "bfloat16", num_heads=8, num_kv_heads=2, head_dim=128, block_size=32)
@@ -59,17 +71,6 @@ class NkiConformance(PagedAttentionConformance):
             expected = expected_output(case, problem, row, case.head_dim**-0.5)
             error = np.abs(out[row, :new] - expected).max(initial=0)
             assert error <= LARGEST_ERROR[case.dtype] * np.abs(expected).max(initial=0), error
-
-    def refuses(self, case: Case) -> str | None:
-        width = max(new for _, new in case.rows) + case.padding
-        context = replace(
-            CONTEXT,
-            dtype=case.cache_dtype or case.dtype,
-            num_heads=case.num_heads,
-            num_kv_heads=case.num_kv_heads,
-            head_dim=case.head_dim,
-        )
-        return nki.refuses(context, width)
 
 
 class TestGen2(NkiConformance):
@@ -128,17 +129,17 @@ def test_gen4_attends_right(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "width", "reason"),
+    ("changes", "reason"),
     [
-        ({"dtype": "uint16"}, 1, "uint16"),
-        ({"num_heads": 64}, 8, "256 queries"),
-        ({"head_dim": 129}, 1, "head_dim 129"),
-        ({"num_heads": 512, "num_kv_heads": 512, "head_dim": 256}, 1, "SBUF"),
-        ({}, 8, None),
+        ({"dtype": "uint16"}, "uint16"),
+        ({"num_heads": 9}, "9 query heads"),
+        ({"head_dim": 129}, "head_dim 129"),
+        ({"num_heads": 512, "num_kv_heads": 512, "head_dim": 256}, "SBUF"),
+        ({}, None),
     ],
 )
-def test_what_the_kernels_cannot_serve_is_said(changes: dict, width: int, reason: str | None) -> None:
-    said = nki.refuses(replace(CONTEXT, **changes), width)
+def test_what_the_kernels_cannot_serve_is_said(changes: dict, reason: str | None) -> None:
+    said = nki.refuses_model(replace(CONTEXT, **changes))
     assert said is None if reason is None else reason in str(said)
 
 
@@ -181,8 +182,8 @@ MUTATIONS = [
     ("", "", "start-partition"),  # of heads that take 16 lanes each, which nki.py never asks for
     ("bias=tile_max,\n", "bias=-1.0,\n", "activation-bias"),
     (
-        "num_gathers * ROWS), kv.dtype, buffer=nl.sbuf",
-        "num_gathers * ROWS), nl.float32, buffer=nl.sbuf",
+        "num_heads, num_keys), kv.dtype, buffer=nl.sbuf",
+        "num_heads, num_keys), nl.float32, buffer=nl.sbuf",
         "matmul-dtype",
     ),
     ("lanes), transposed_dtype(kv.dtype), buffer=nl.psum", "lanes), kv.dtype, buffer=nl.sbuf", "transpose-space"),
@@ -206,6 +207,6 @@ def test_a_kernel_made_wrong_is_refused(text: str, instead: str, rule: str) -> N
     slots = np.where(key_idx < 300, key_idx, np.int32(33 * 16))
     bounds = np.tile(np.array([0, 300], np.float32), (1, 2 * lane, 1))
     with pytest.raises(NkiError) as caught:
-        simulate(kernels.decode_attention, q, cache, slots, bounds, 0.125, 0.0, False, 4)
+        simulate(kernels.attention, q, cache, slots, bounds, 0.125, 0.0, False, 4)
     assert caught.value.rule == rule
     assert caught.value.place.startswith(str(path))
