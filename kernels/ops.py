@@ -14,6 +14,7 @@ import quire.kernels.experts.reference as experts_reference
 import quire.kernels.linear.cpu as linear_cpu
 import quire.kernels.linear.reference as linear_reference
 import quire.kernels.paged_attention.cpu as attention_cpu
+import quire.kernels.paged_attention.nki as attention_nki
 import quire.kernels.paged_attention.reference as attention_reference
 import quire.kernels.paged_attention.tpu as attention_tpu
 import quire.kernels.sampling.cpu as sampling_cpu
@@ -31,6 +32,8 @@ REFERENCE = "reference"
 WEIGHT_ONLY = "weight_only"
 COMPOSED = "composed"
 PALLAS_TPU = "pallas_tpu"
+NKI = "nki"
+NKI_EMULATED = "nki_emulated"
 
 
 def _native(
@@ -40,6 +43,15 @@ def _native(
     return tuple(
         Implementation(f"native_{name}", partial(function, name), partial(refuses, name))
         for name in library.INSTRUCTION_SETS
+    )
+
+
+def _nki(function: Callable[..., Any]) -> tuple[Implementation[Any], ...]:
+    """The NKI kernel of an op, on the device, and on the emulator by the strictest generation's rules, on any device."""
+    emulated = partial(function, launch=attention_nki.on_emulator("gen2"))
+    return (
+        Implementation(NKI, function, attention_nki.refuses),
+        Implementation(NKI_EMULATED, emulated, attention_nki.refuses_model, by_name_only=True),
     )
 
 
@@ -75,6 +87,7 @@ WRITE_KV: Op[WriteKV] = Op(
     (
         *_native(attention_cpu.write_kv),
         Implementation(PALLAS_TPU, attention_tpu.write_kv, attention_tpu.refuses),
+        *_nki(attention_nki.write_kv),
         Implementation(REFERENCE, attention_reference.write_kv),
     ),
 )
@@ -83,6 +96,7 @@ PAGED_ATTENTION: Op[PagedAttention] = Op(
     (
         *_native(attention_cpu.paged_attention),
         Implementation(PALLAS_TPU, attention_tpu.paged_attention, attention_tpu.refuses),
+        *_nki(attention_nki.paged_attention),
         Implementation(REFERENCE, attention_reference.paged_attention),
     ),
 )

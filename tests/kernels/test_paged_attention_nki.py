@@ -15,11 +15,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quire.kernels.errors import NkiError
+from quire.kernels.errors import KernelUnavailableError, NkiError
 from quire.kernels.nki import Simulation, load_emulated, official_nki, simulate
 from quire.kernels.nki.loading import run_emulated
 from quire.kernels.op import OpContext
+from quire.kernels.ops import NKI, NKI_EMULATED, REFERENCE, choose_ops
 from quire.kernels.paged_attention import nki
+from quire.kernels.paged_attention.nki_plan import plan_for
 from tests.kernels.paged_attention_suite import Case, PagedAttentionConformance, Problem, expected_output, make_problem
 
 LONG = ((600, 1), (127, 1), (511, 1), (0, 1), (0, 0))  # several tiles, up to and across their ends; padding
@@ -210,3 +212,38 @@ def test_a_kernel_made_wrong_is_refused(text: str, instead: str, rule: str) -> N
         simulate(kernels.attention, q, cache, slots, bounds, 0.125, 0.0, False, 4)
     assert caught.value.rule == rule
     assert caught.value.place.startswith(str(path))
+
+
+def test_they_serve_only_where_their_self_test_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the emulator only where it is asked for by name."""
+    assert choose_ops(CONTEXT).paged_attention.name == choose_ops(CONTEXT).write_kv.name == REFERENCE
+    assert "nki: AWS's nki is not installed" in choose_ops(CONTEXT).paged_attention.describe()
+    monkeypatch.setattr(nki, "official_nki", lambda: (nki, "installed"))
+    assert "nki: their self-test was not run" in choose_ops(CONTEXT).write_kv.describe()
+    with pytest.raises(KernelUnavailableError, match="self-test was not run"):
+        choose_ops(CONTEXT, {"paged_attention": NKI})
+    passed = replace(CONTEXT, nki_self_test=None)
+    assert choose_ops(passed).paged_attention.name == choose_ops(passed).write_kv.name == NKI
+    assert nki.refuses(replace(passed, platform="cpu")) == "needs a NeuronCore"
+    assert choose_ops(CONTEXT, {"paged_attention": NKI_EMULATED}).paged_attention.name == NKI_EMULATED
+
+
+@pytest.mark.parametrize("name", ["several_tiles", "window_over_tiles", "prefill_window", "tiles_of_three_gathers"])
+def test_a_plan_counts_all_the_sbuf_that_the_kernel_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in CASES if case.name == name)  # of more than one tile
+    peaks, plans = [], []
+
+    def simulator(name: str, *arguments: Any) -> np.ndarray:
+        simulation = simulate(getattr(load_emulated(nki.KERNELS), name), *arguments)
+        peaks.append(simulation.costs.peak_sbuf_bytes)
+        return simulation.output
+
+    monkeypatch.setattr(nki, "plan_for", lambda *a, **n: plans.append(plan_for(*a, **n)) or plans[-1])
+    problem = make_problem(case)
+    arrays = [jnp.asarray(np.nan_to_num(x), case.dtype) for x in (problem.q, problem.cache)]
+    lens = map(jnp.asarray, (problem.tables, problem.seq_lens, problem.query_lens))
+    launch = nki.through_callback(simulator)
+    nki.paged_attention(
+        *arrays, *lens, scale=1.0, sliding_window=case.sliding_window, launch=launch
+    ).block_until_ready()
+    assert peaks[-1] <= plans[-1].sbuf_bytes <= 3 * peaks[-1]
