@@ -5,7 +5,9 @@ query the bounds of what it sees, so that windows may differ from layer to layer
 nki_kernels.py, and how a call is cut for them in nki_plan.py.
 
 Nothing here has run on a device, so the kernels refuse unless `OpContext.nki_self_test` says that they agreed with the reference there;
-the self-test itself, which a backend is to run at start, is still missing. Several devices' heads need nothing more: `launch` is called under the step's shard_map as it is.
+the self-test itself, which a backend is to run at start, is still missing.
+
+Several devices' heads need nothing more: `launch` is called under the step's shard_map as it is.
 
 R rows, W queries per row, N query heads, K key/value heads, G = N / K, H head_dim, M blocks per row, T tokens; S keys, padded to whole
 gathers; E, P and Q as in nki_kernels.py.
