@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,11 @@ from quire.backends.environment import (
 from quire.backends.neuron_compiler import compile_slots, retried, with_defaults
 from quire.backends.shapes import decode_row_sizes, with_sampling
 from quire.kernels.errors import BackendError
-from quire.kernels.ops import Ops, choose_ops
+from quire.kernels.nki import official_nki
+from quire.kernels.op import OpContext
+from quire.kernels.ops import PAGED_ATTENTION, REFERENCE, WRITE_KV, Ops, choose_ops
+from quire.kernels.paged_attention import nki
+from quire.kernels.paged_attention.nki_self_test import self_test
 from quire.models.config import ModelConfig
 from quire.models.parallel import MODEL_AXIS
 
@@ -158,6 +162,8 @@ class NeuronBackend:
         wanted: dict[str, str] | None,
     ) -> Ops:
         context = self.capabilities.op_context(config, dtype, quantization, block_size, tensor_parallel_size)
+        if self._devices is not None and not self._is_emulated:
+            context = dataclasses.replace(context, nki_self_test=_test_kernels(context, wanted or {}))
         return choose_ops(context, wanted)
 
     def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:
@@ -214,6 +220,20 @@ class NeuronBackend:
 
     def profile(self, folder: Path) -> AbstractContextManager[Any]:
         return jax.profiler.trace(str(folder))
+
+
+def _test_kernels(context: OpContext, wanted: Mapping[str, str]) -> str | None:
+    """Why the NKI kernels are not to serve a model on this device, None where they agree with XLA's path on it."""
+    if official_nki()[0] is None or nki.refuses_model(context) is not None:
+        return context.nki_self_test  # there is a better reason, which is given instead
+    if all(wanted.get(op) == REFERENCE for op in (WRITE_KV.name, PAGED_ATTENTION.name)):
+        return "XLA's path was asked for"
+    reason = self_test(context, TILE_SIZE)
+    if reason is None:
+        logger.info("the NKI kernels agree with XLA's path on this device")
+    else:
+        logger.warning("XLA's path serves instead of the NKI kernels: %s", reason)
+    return reason
 
 
 def _held_bytes(device: Any) -> int:

@@ -1,6 +1,5 @@
 # Trainium and Inferentia. Build from the root: docker build -f server/deploy/docker/neuron.Dockerfile -t quire:neuron .
-# The Neuron backend is not written yet: until it is, this image refuses --device neuron with the reason. AWS's packages come from AWS's own
-# index; run with --device=/dev/neuron0 (one per device that is used).
+# AWS's packages come from AWS's own index; run with --device=/dev/neuron0 (one per chip that is used).
 FROM python:3.11-slim-bookworm
 
 # Versions of the SDK that the instance's driver supports, as AWS lists them.
