@@ -30,7 +30,7 @@ def select_backend(device: str, num_devices: int = 1, neuron: NeuronOptions | No
             raise BackendError(
                 f"emulate={neuron.emulate!r} stands for NeuronCores, and device {device!r} was asked for"
             )
-        _only_cpu()
+        only_cpu()
         return NeuronBackend.emulated(neuron)
     reason = unavailable_reason(device)
     if reason is not None:
@@ -39,7 +39,7 @@ def select_backend(device: str, num_devices: int = 1, neuron: NeuronOptions | No
         return TpuBackend()
     if device == "neuron" or (device == "auto" and neuron_devices()):
         return NeuronBackend.attached(neuron, num_devices)
-    _only_cpu()
+    only_cpu()
     return CpuBackend()
 
 
@@ -68,7 +68,10 @@ def _missing_plugin() -> str | None:
     return None
 
 
-def _only_cpu() -> None:
-    """Otherwise jax would try every platform that it has a package for, and complain of those that are not there."""
+def only_cpu() -> None:
+    """Has jax look for nothing but the CPU, unless the user has said otherwise.
+
+    It would try every platform that it has a package for, and complain of those that are not there.
+    """
     if not jax.config.values["jax_platforms"]:
         jax.config.update("jax_platforms", "cpu")

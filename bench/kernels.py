@@ -31,6 +31,7 @@ from typing import Any
 from tqdm import tqdm
 
 from quire.backends.chips import Chip, chips
+from quire.bench import nki_kernels
 from quire.bench.kernel_programs import KEYS_PER_TILE, KernelShape, job, ragged_queries
 
 DECODE = KernelShape("decode")
@@ -257,18 +258,28 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def add_command(commands: Any) -> None:
     """Adds the command and its flags."""
-    parser = commands.add_parser("kernels", help="what the TPU compiler makes of the attention kernels, beside jax's")
+    parser = commands.add_parser(
+        "kernels",
+        help="what the TPU compiler makes of the attention kernels, beside jax's; what NKI ones cost by the emulator's count",
+    )
     targets = [name for name, chip in chips().items() if chip.clock_ghz is not None]
-    parser.add_argument("--target", choices=targets, default=targets[0], help=f"the chip (default: {targets[0]})")
+    parser.add_argument(
+        "--target",
+        choices=[*targets, *nki_kernels.TARGETS],
+        default=targets[0],
+        help=f"a TPU chip, or a generation of NeuronCore (default: {targets[0]})",
+    )
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help="those that begin so; all unless given")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default: 2)")
     parser.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Compiles every kernel on every shape, prints the lines, then the table."""
-    chip = chips()[namespace.target]
+    """Compiles, or emulates, every kernel on every shape, prints the lines, then the table."""
     wanted = tuple(namespace.shapes) if namespace.shapes else ("",)
+    if namespace.target in nki_kernels.TARGETS:
+        return nki_kernels.run(namespace.target, wanted)
+    chip = chips()[namespace.target]
     work = [(kernel, shape) for shape in SHAPES if shape.name.startswith(wanted) for kernel in KERNELS]
     with ThreadPoolExecutor(namespace.jobs) as pool:
         measured = pool.map(lambda each: measure(each[0], each[1], chip), work)
