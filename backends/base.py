@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import jax
 
+from quire.backends.memory import DeviceMemory
 from quire.kernels.op import OpContext
 from quire.kernels.ops import Ops
 from quire.kernels.sampling.rows import SamplingMode
@@ -167,6 +168,11 @@ class Backend(Protocol):
 
     @property
     def capabilities(self) -> Capabilities: ...
+
+    @property
+    def memory(self) -> DeviceMemory:
+        """Where arrays are put that programs are called with."""
+        ...
 
     def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
         """The devices that one model is spread over. Raises BackendError when there are too few."""

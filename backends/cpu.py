@@ -12,6 +12,7 @@ import numpy as np
 
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.environment import available_memory, available_processors, cpu_flags
+from quire.backends.memory import JaxMemory
 from quire.backends.shapes import decode_row_sizes, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.native.library import limit_threads
@@ -34,6 +35,7 @@ class CpuBackend:
             self._devices = jax.devices("cpu")
         except RuntimeError as error:
             raise BackendError(f"jax has no CPU device here ({error}); is JAX_PLATFORMS set without cpu?") from error
+        self.memory = JaxMemory()
         self.capabilities = Capabilities(
             platform="cpu",
             device_kind=self._devices[0].device_kind,

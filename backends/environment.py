@@ -166,6 +166,8 @@ def prepare_neuron(num_cores: int, logical_cores: int | None) -> None:
         # Otherwise every conversion while weights are loaded would be compiled for the device, for seconds each.
         "NEURON_RUN_TRIVIAL_COMPUTATION_ON_CPU": "1",
         "NEURON_COMPILE_CACHE_URL": str(cache_folder() / "neuron"),
+        # For programs run through torch-neuronx: as many sets of weights as one program runs with.
+        "NEURON_RT_IO_RING_CACHE_SIZE": "1",
     }
     if "NEURON_RT_VISIBLE_CORES" not in os.environ:
         settings["NEURON_RT_NUM_CORES"] = str(num_cores)

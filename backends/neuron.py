@@ -6,6 +6,8 @@ None of it has run on a device yet.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.metadata
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -23,13 +25,16 @@ from quire.backends.chips import Chip, chip_of_kind, chips
 from quire.backends.environment import (
     available_memory,
     available_processors,
+    neuron_cache_folder,
     neuron_flags,
     neuron_logical_cores,
     neuron_target,
     prepare_neuron,
     set_neuron_flags,
 )
-from quire.backends.neuron_compiler import compile_slots, retried, with_defaults
+from quire.backends.memory import DeviceMemory, JaxMemory
+from quire.backends.neff import NeffRuntime
+from quire.backends.neuron_compiler import NeuronCompiler, compile_slots, retried, with_defaults
 from quire.backends.shapes import decode_row_sizes, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.nki import official_nki
@@ -42,6 +47,8 @@ from quire.models.parallel import MODEL_AXIS
 
 logger = logging.getLogger(__name__)
 
+RUNTIMES = ("auto", "pjrt", "neff")
+"""Who runs programs: jax's plugin, or torch-neuronx what neuronx-cc made of them; auto is the plugin where it is installed."""
 TILE_SIZE = 128  # tokens on the partitions of a NeuronCore
 FEWEST_ROWS = 4
 ROW_FACTOR = 8
@@ -56,6 +63,8 @@ class NeuronOptions:
 
     emulate: str | None = None
     """A chip that the CPU is to behave like."""
+    runtime: str = "auto"
+    """One of RUNTIMES."""
     logical_cores: int | None = None
     """Physical cores that make one device, 1 or 2; None is the chip's own default."""
 
@@ -63,12 +72,21 @@ class NeuronOptions:
 class NeuronBackend:
     """NeuronCores as jax counts them, logical ones."""
 
-    def __init__(self, chip: Chip, devices: Sequence[Any] | int, *, is_emulated: bool = False) -> None:
-        """`devices` that are a number are not here: programs can be compiled for them and nothing else."""
+    def __init__(
+        self,
+        chip: Chip,
+        devices: Sequence[Any] | int,
+        *,
+        is_emulated: bool = False,
+        runtime: NeffRuntime | None = None,
+    ) -> None:
+        """`devices` that are a number are none of jax's: they are the runtime's, or not here, and can be compiled for and nothing else."""
         self.chip = chip
         self._devices = None if isinstance(devices, int) else list(devices)
         self.num_devices = devices if isinstance(devices, int) else len(devices)
         self._is_emulated = is_emulated
+        self._runtime = runtime
+        self.memory: DeviceMemory = JaxMemory() if runtime is None else runtime
         self.capabilities = Capabilities(
             platform="neuron",
             device_kind=chip.device_kinds[0] if chip.device_kinds else chip.name,
@@ -99,6 +117,8 @@ class NeuronBackend:
         Raises BackendError where there are none, or jax's plugin for them is not installed.
         """
         prepare_neuron(num_cores, options.logical_cores)
+        if _chosen_runtime(options.runtime) == "neff":
+            return cls._through_torch(options, num_cores)
         # jax's default generator is not supported there, and nothing that a step computes hangs on it.
         jax.config.update("jax_default_prng_impl", "rbg")
         set_neuron_flags(with_defaults(neuron_flags()))
@@ -114,6 +134,21 @@ class NeuronBackend:
                 f"these NeuronCores belong to {jax.process_count()} processes, and quire runs on those of one host so far"
             )
         return cls(_chip_of(devices[0].device_kind), devices)
+
+    @classmethod
+    def _through_torch(cls, options: NeuronOptions, num_cores: int) -> NeuronBackend:
+        """jax lowers for cores that it does not know of, and torch-neuronx runs what neuronx-cc made."""
+        target = neuron_target()
+        if target not in chips("neuron"):
+            raise BackendError(
+                f"what this host's chips are cannot be told ({target}); set NEURON_PLATFORM_TARGET_OVERRIDE to one of "
+                f"{', '.join(chips('neuron'))}"
+            )
+        jax.config.update("jax_platforms", "cpu")
+        chip = _named_chip(target, options.logical_cores or neuron_logical_cores())
+        flags = tuple(with_defaults(neuron_flags()))
+        compiler = NeuronCompiler(target, chip.cores_per_device, flags, neuron_cache_folder())
+        return cls(chip, num_cores, runtime=NeffRuntime(num_cores, compiler))
 
     @classmethod
     def emulated(cls, options: NeuronOptions) -> NeuronBackend:
@@ -170,6 +205,8 @@ class NeuronBackend:
         return int((self._free_bytes() - reserved_bytes) * memory_utilization)
 
     def _free_bytes(self) -> int:
+        if self._runtime is not None:
+            return self.chip.hbm_bytes - self._runtime.held_bytes
         if self._devices is None:
             return self.chip.hbm_bytes
         if self._is_emulated:
@@ -193,12 +230,15 @@ class NeuronBackend:
         return with_sampling(decode, prefill, limits)
 
     def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
-        jitted = jax.jit(program, donate_argnums=tuple(donate))
+        # Parameters are bound by their number, so none may be left out.
+        jitted = jax.jit(program, donate_argnums=tuple(donate), keep_unused=self._runtime is not None)
         if self._is_emulated:
             return jitted.lower(*arguments)
         return jitted.trace(*arguments).lower(lowering_platforms=("neuron",))
 
     def compile(self, lowered: Any) -> Program:
+        if self._runtime is not None:
+            return self._runtime.load(lowered)
         if self._devices is None:
             raise BackendError(f"no {self.chip.name} is here to load programs into; `quire compile` compiles for one")
         if self._is_emulated:
@@ -220,6 +260,55 @@ class NeuronBackend:
 
     def profile(self, folder: Path) -> AbstractContextManager[Any]:
         return jax.profiler.trace(str(folder))
+
+
+def why_no_runtime() -> str | None:
+    """Why no program could be run on NeuronCores, None where one of the runtimes is installed."""
+    missing = _missing_runtimes()
+    if None in missing.values():
+        return None
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+    return f"no runtime is installed ({reasons}); AWS's packages come from AWS's own index"
+
+
+def _missing_runtimes() -> dict[str, str | None]:
+    """For each runtime why it cannot be had, None where it can."""
+    return {"pjrt": _why_not("libneuronxla"), "neff": _why_not("torch_neuronx")}
+
+
+def _chosen_runtime(wanted: str) -> str:
+    """pjrt or neff, said in the log with the reason. Raises BackendError where what is wanted, or all of it, is not installed."""
+    missing = _missing_runtimes()
+    names = RUNTIMES[1:] if wanted == "auto" else (wanted,)
+    if wanted == "auto" and missing["pjrt"] is None and (reason := _why_plugin_is_for_others()) is not None:
+        # Not more than a preference: what the plugin lists may be less than what it accepts.
+        logger.info("jax's plugin for Neuron may not do: %s", reason)
+        names = names[::-1]
+    for name in names:
+        if missing[name] is None:
+            others = "; ".join(f"{other}: {reason}" for other, reason in missing.items() if reason is not None)
+            logger.info("Neuron runtime: %s%s", name, f" ({others})" if others else "")
+            return name
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+    raise BackendError(f"neuron_runtime={wanted!r} cannot be had: {reasons}; AWS's packages come from AWS's own index")
+
+
+def _why_plugin_is_for_others() -> str | None:
+    """Why the plugin may not take this jax, None where it lists it or lists nothing."""
+    supported = getattr(importlib.import_module("libneuronxla"), "supported_clients", None)
+    said, version = "" if supported is None else str(supported()), importlib.metadata.version("jaxlib")
+    if not said or version in said:
+        return None
+    return f"it lists {said}, and jaxlib is {version}"
+
+
+def _why_not(package: str) -> str | None:
+    """Why a package cannot be imported, None where it can. Those of the same names on PyPI raise ImportError."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def _test_kernels(context: OpContext, wanted: Mapping[str, str]) -> str | None:

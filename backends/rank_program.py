@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import jaxlib.xla_client
+import numpy as np
 from jax.interpreters import mlir
 
 ir: Any = mlir.ir
@@ -26,6 +28,11 @@ class RankProgram:
     """A serialized HloModuleProto: parameters in order, a tuple as its result, donated parameters aliased."""
     text: str
     """The same as StableHLO. Equal programs have equal texts; numbers in the proto depend on what else was converted before."""
+    num_parameters: int
+    results: tuple[tuple[tuple[int, ...], np.dtype], ...]
+    """Shape and dtype of each result, on one rank."""
+    aliases: dict[int, int]
+    """For a result that takes the place of a parameter, which one."""
 
 
 def rank_program(lowered: Any) -> RankProgram:
@@ -36,7 +43,37 @@ def rank_program(lowered: Any) -> RankProgram:
     """
     module = rank_module(lowered.compiler_ir("stablehlo"))
     text = module.operation.get_asm(enable_debug_info=False)
-    return RankProgram(_to_computation(text).as_serialized_hlo_module_proto(), text)
+    main = _main(module)
+    with module.context:
+        kinds = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value)
+        results = tuple((tuple(kind.shape), _DTYPES[str(kind.element_type)]) for kind in kinds.results)
+        places = [ir.DictAttr(attributes) for attributes in ir.ArrayAttr(main.attributes["arg_attrs"])]
+        aliases = {
+            attributes["tf.aliasing_output"].value: idx
+            for idx, attributes in enumerate(places)
+            if "tf.aliasing_output" in attributes
+        }
+        num_parameters = len(kinds.inputs)
+    hlo = _to_computation(text).as_serialized_hlo_module_proto()
+    return RankProgram(hlo, text, num_parameters, results, aliases)
+
+
+_DTYPES = {
+    "f32": np.dtype(np.float32),
+    "bf16": np.dtype(jnp.bfloat16),
+    "i32": np.dtype(np.int32),
+    "ui32": np.dtype(np.uint32),
+    "i8": np.dtype(np.int8),
+    "i1": np.dtype(np.bool_),
+}
+
+
+def _main(module: Any) -> Any:
+    return next(
+        op.operation
+        for op in module.body.operations
+        if op.operation.name == "func.func" and op.attributes["sym_name"].value == "main"
+    )
 
 
 def rank_module(module: Any) -> Any:

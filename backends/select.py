@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 
 import jax
@@ -10,7 +9,7 @@ import jax
 from quire.backends.base import Backend
 from quire.backends.cpu import CpuBackend
 from quire.backends.environment import has_tpu, neuron_devices
-from quire.backends.neuron import NeuronBackend, NeuronOptions
+from quire.backends.neuron import NeuronBackend, NeuronOptions, why_no_runtime
 from quire.backends.tpu import TpuBackend
 from quire.kernels.errors import BackendError
 
@@ -56,16 +55,8 @@ def unavailable_reason(device: str) -> str | None:
     if device == "neuron":
         if not neuron_devices():
             return "the Neuron driver shows no chip (/dev/neuron0); --emulate inf2 has the CPU behave like one"
-        return _missing_plugin()
+        return why_no_runtime()
     return "this version of quire has no backend for it yet; use --device cpu"
-
-
-def _missing_plugin() -> str | None:
-    try:
-        importlib.import_module("libneuronxla")
-    except ImportError as error:  # PyPI's package of that name raises it too
-        return f"AWS's plugin for jax cannot be imported ({error}); it is in jax-neuronx from AWS's own package index"
-    return None
 
 
 def only_cpu() -> None:

@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.chips import Chip, chip_of_kind, chips
 from quire.backends.environment import prepare_tpu_compiler
+from quire.backends.memory import JaxMemory
 from quire.backends.shapes import decode_row_sizes, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.ops import Ops, choose_ops
@@ -49,6 +50,7 @@ class TpuBackend:
         if found is None:
             raise BackendError(f"{kind!r} is a TPU that quire does not know; backends/chips.json has those it does")
         self.chip: Chip = found
+        self.memory = JaxMemory()
         self.capabilities = Capabilities(
             platform="tpu",
             device_kind=kind,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from quire.backends.base import Capabilities
 from quire.backends.chips import chips
+from quire.backends.neuron import RUNTIMES
 from quire.engine.admission import BATCHING_POLICIES, BatchingPolicy
 from quire.engine.sampling_params import MAX_LOGPROBS
 from quire.engine.step_data import StepLimits
@@ -99,6 +100,11 @@ class DeviceOptions:
         None,
         "Have the CPU behave like a Neuron chip: its step shapes, its limits, the path that XLA takes there.",
         tuple(chips("neuron")),
+    )
+    neuron_runtime: str = _option(
+        "auto",
+        "Who runs programs on NeuronCores: jax's plugin (pjrt), or torch-neuronx (neff); auto takes what is installed.",
+        RUNTIMES,
     )
     neuron_logical_cores: int | None = _option(
         None, "Physical NeuronCores that make one device, 1 or 2; the chip's own default when left out."

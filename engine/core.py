@@ -177,7 +177,9 @@ class EngineCore:
 
 def _select_backend(config: EngineConfig) -> Backend:
     device = config.device
-    neuron = NeuronOptions(emulate=device.emulate, logical_cores=device.neuron_logical_cores)
+    neuron = NeuronOptions(
+        emulate=device.emulate, runtime=device.neuron_runtime, logical_cores=device.neuron_logical_cores
+    )
     return select_backend(device.device, device.tensor_parallel_size, neuron)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quire.backends.base import Capabilities
+from quire.backends.memory import DeviceMemory
 from quire.engine.sampling_params import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -201,16 +202,11 @@ class CacheArrays:
             return cls(True, 1, (config.num_layers * num_blocks, *shape[1:]), bits, spec)
         return cls(False, config.num_layers, shape, bits, spec)
 
-    def allocate(self, cache_format: CacheFormat, mesh: Mesh) -> Any:
+    def allocate(self, cache_format: CacheFormat, mesh: Mesh, memory: DeviceMemory) -> Any:
         """A cache without tokens."""
-        if mesh.size == 1:
-            with jax.default_device(mesh.devices.flat[0]):
-                arrays = tuple(cache_format.allocate(self.shape, self.dtype) for _ in range(self.num_arrays))
-        else:
-            make = jax.jit(
-                lambda: cache_format.allocate(self.shape, self.dtype), out_shardings=NamedSharding(mesh, self.spec)
-            )
-            arrays = tuple(make() for _ in range(self.num_arrays))
+        arrays = tuple(
+            memory.allocate(mesh, self.spec, self.shape, self.dtype, cache_format) for _ in range(self.num_arrays)
+        )
         return arrays[0] if self.is_shared else arrays
 
     def abstract(self, mesh: Mesh) -> Any:

@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from quire.backends.base import Capabilities
+from quire.backends.memory import DeviceMemory
 from quire.kernels.linear.quantize import quantize_weight
 from quire.kernels.linear.reference import QuantizedMatrix, WeightOnlyMatrix
 from quire.kernels.ops import HELD_AS_ARRAYS, WEIGHT_ONLY, Ops
 from quire.models.config import ModelConfig
 from quire.models.parallel import held_shape, partition, read_held
-from quire.models.params import HostTensor, Params, ParamSpec, as_array, build_params, param_specs
+from quire.models.params import HostTensor, Params, ParamSpec, build_params, param_specs
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class WeightPlacement:
     ops: Ops
     quantization: str
     mesh: Mesh
+    memory: DeviceMemory
 
     def place(self, spec: ParamSpec, tensor: HostTensor) -> Any:
         """A parameter from the host in its form, on its devices."""
@@ -78,19 +80,14 @@ class WeightPlacement:
         # Which expert a token goes to hangs on small differences.
         return "none" if spec.key == "router" else self.quantization
 
-    def _put(self, spec: ParamSpec, tensor: HostTensor) -> jax.Array:
-        if self.mesh.size == 1:
-            whole: jax.Array = jax.device_put(as_array(spec, tensor), self.mesh.devices.flat[0])
-            return whole
+    def _put(self, spec: ParamSpec, tensor: HostTensor) -> Any:
         size = self.mesh.size
 
-        def read(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            return read_held(tensor, spec, self.model, size, index)
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            return np.asarray(tensor) if size == 1 else read_held(tensor, spec, self.model, size, index)
 
-        return jax.make_array_from_callback(
-            held_shape(spec, self.model, size, tensor.shape), self._sharding(spec, len(tensor.shape)), read
-        )
+        shape = held_shape(spec, self.model, size, tensor.shape)
+        return self.memory.put(self.mesh, partition(spec, self.model, size, len(shape)), shape, tensor.dtype, read)
 
     def _abstract(self, spec: ParamSpec, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         held = held_shape(spec, self.model, self.mesh.size, shape)

@@ -59,9 +59,11 @@ class ModelRunner:
         self.compilations = CompilationCounter()
         self.counters = RunnerCounters()
         self.state = DeviceState(
-            kv_cache=plan.cache_arrays.allocate(plan.ops.kv_cache.function, plan.mesh),
+            kv_cache=plan.cache_arrays.allocate(plan.ops.kv_cache.function, plan.mesh, plan.backend.memory),
             slots=on_every_device(
-                empty_slots(resolved.max_num_seqs, resolved.max_model_len, plan.model.vocab_size), plan.mesh
+                empty_slots(resolved.max_num_seqs, resolved.max_model_len, plan.model.vocab_size),
+                plan.mesh,
+                plan.backend.memory,
             ),
         )
 

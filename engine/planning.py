@@ -66,7 +66,9 @@ class EnginePlan:
     def placement(self) -> WeightPlacement:
         """How and where the weights are held."""
         dtype = np.dtype(jnp.dtype(self.resolved.dtype))
-        return WeightPlacement(self.model, dtype, self.ops, self.settings.model.quantization, self.mesh)
+        return WeightPlacement(
+            self.model, dtype, self.ops, self.settings.model.quantization, self.mesh, self.backend.memory
+        )
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:

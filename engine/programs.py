@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quire.backends.base import Backend, Program, StepShape
+from quire.backends.memory import DeviceMemory
 from quire.engine.device_state import DeviceState, empty_row, write_row
 from quire.engine.step import ModelInput, StepConfig, make_step
 
@@ -109,10 +110,9 @@ def abstract_inputs(shape: StepShape, mesh: Mesh) -> ModelInput:
     )
 
 
-def on_every_device(tree: Any, mesh: Mesh) -> Any:
-    """The tree's arrays on the mesh's device, or whole on each of its devices."""
-    place = mesh.devices.flat[0] if mesh.size == 1 else NamedSharding(mesh, EVERYWHERE)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, place), tree)
+def on_every_device(tree: Any, mesh: Mesh, memory: DeviceMemory) -> Any:
+    """The tree's arrays of the host on the mesh's device, or whole on each of its devices."""
+    return jax.tree.map(lambda leaf: memory.put(mesh, EVERYWHERE, leaf.shape, leaf.dtype, leaf.__getitem__), tree)
 
 
 def build_all(

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     failing = os.environ.get("QUIRE_TEST_FAIL")
     if failing == "always" or (failing == "optimized" and flags.get("--optlevel") != "1"):
         refuse("[NCC_EBVF030] The number of instructions generated exceeds the limit.")
-    Path(named["--output"]).write_bytes(b"NEFF" + named["--target"].encode() + program)
+    Path(named["--output"]).write_bytes(b"NEFF" + named["--target"].encode() + b"\0" + program)
 
 
 if __name__ == "__main__":

@@ -154,4 +154,4 @@ def test_flags_of_the_layer_above_are_not_passed_on(tmp_path: Path) -> None:
 def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BackendError, match="neuronx-cc is not on the path, and a step has to be compiled"):
-        NeuronCompiler("inf2").compile(RankProgram(b"", ""), "a step")
+        NeuronCompiler("inf2").compile(RankProgram(b"", "", 0, (), {}), "a step")
