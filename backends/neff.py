@@ -103,8 +103,9 @@ class NeffRuntime:
                 f"this torch-neuronx lacks {', '.join(missing)}, which are internal to it and were there in the SDKs that quire was "
                 "written for; use jax's plugin (neuron_runtime=pjrt), or another version"
             )
-        self._ops._init_neuron()
+        # Nothing is documented of its use by several threads, and programs are loaded while others are compiled: all calls are this one's.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="neuron")
+        self._call(self._ops._init_neuron)
         self.held_bytes = 0
         """Of each core's memory, in arrays that were put there."""
 
@@ -126,11 +127,15 @@ class NeffRuntime:
     def upload(self, parts: Sequence[np.ndarray]) -> Any:
         """A tensor on the cores of one part each, by its handle."""
         self.held_bytes += parts[0].nbytes
-        return self._ops._parallel_to_neuron([self.to_torch(part) for part in parts])
+        return self._call(self._ops._parallel_to_neuron, [self.to_torch(part) for part in parts])
 
     def wait(self) -> None:
         """Until all that was called has run."""
-        self._thread.submit(lambda: None).result()
+        self._call(lambda: None)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives on the thread, after all that was asked of it before."""
+        return self._thread.submit(function, *arguments).result()
 
     # ---- programs
 
@@ -138,18 +143,25 @@ class NeffRuntime:
         """Compiles what was lowered with all its arguments kept, and loads it onto the cores."""
         program = rank_program(lowered)
         neff = self._compiler.compile(program, str(program.text.partition("@")[2].partition(" ")[0]))
+        return NeffProgram(self, program, self._call(self._load, neff), lowered.out_tree)
+
+    def _load(self, neff: bytes) -> Any:
         model = self._classes.ParallelModel(neff, self.num_cores, 0, self.num_cores)
         model.load()
-        return NeffProgram(self, program, model, lowered.out_tree)
+        return model
 
     def tensor_set(self, kind: str, tensors: Sequence[Any]) -> Any:
         """Tensors bound as a program's inputs or outputs, in order."""
         names = [f"{kind}{idx}" for idx in range(len(tensors))]
-        bound = self._classes.ParallelTensorSet(names, self.num_cores)
-        bound.init()
-        for idx, tensor in enumerate(tensors):
-            bound.add(idx, tensor)
-        return bound
+
+        def bind() -> Any:
+            bound = self._classes.ParallelTensorSet(names, self.num_cores)
+            bound.init()
+            for idx, tensor in enumerate(tensors):
+                bound.add(idx, tensor)
+            return bound
+
+        return self._call(bind)
 
     def submit(
         self,

@@ -7,6 +7,7 @@ compiles through it, and reads how much memory is left. Prints the tokens, and w
 import json
 import os
 import sys
+from types import ModuleType
 
 import jax
 from jax._src import xla_bridge
@@ -31,6 +32,7 @@ SETTINGS = {
 
 
 def main(folder: str, num_devices: int) -> None:
+    sys.modules["libneuronxla"] = ModuleType("libneuronxla")
     xla_bridge.register_backend_factory("neuron", xla_client.make_cpu_client, priority=500, fail_quietly=False)
     backend = NeuronBackend.attached(NeuronOptions(), num_devices)
     llm = LLM(folder, **SETTINGS, tensor_parallel_size=num_devices, backend=backend)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
@@ -112,7 +112,8 @@ def test_chips_are_counted_and_named_by_what_the_host_says(tmp_path, monkeypatch
 
 @pytest.fixture
 def environment(monkeypatch) -> pytest.MonkeyPatch:
-    """Without any setting of Neuron's; what is set meanwhile is taken back."""
+    """With a plugin, and without any setting of Neuron's; what is set meanwhile is taken back."""
+    monkeypatch.setitem(sys.modules, "libneuronxla", ModuleType("libneuronxla"))
     for name in [name for name in os.environ if name.startswith("NEURON")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", dict(os.environ))
