@@ -199,13 +199,9 @@ def neuron_logical_cores() -> int | None:
     return int(text)
 
 
-def neuron_cache_folder() -> Path | None:
-    """Where what neuronx-cc made by itself is kept: the folder of $NEURON_COMPILE_CACHE_URL.
-
-    None where that is no folder but an s3:// address, which only AWS's own packages can read.
-    """
-    url = os.environ.get("NEURON_COMPILE_CACHE_URL", str(cache_folder() / "neuron"))
-    return None if "://" in url else Path(url) / "neff"
+def neuron_cache() -> str:
+    """Where what neuronx-cc made is kept: the folder or s3:// address of $NEURON_COMPILE_CACHE_URL, else one of quire's."""
+    return os.environ.get("NEURON_COMPILE_CACHE_URL", str(cache_folder() / "neuron"))
 
 
 def neuron_flags() -> list[str]:

@@ -25,7 +25,7 @@ from quire.backends.chips import Chip, chip_of_kind, chips
 from quire.backends.environment import (
     available_memory,
     available_processors,
-    neuron_cache_folder,
+    neuron_cache,
     neuron_flags,
     neuron_logical_cores,
     neuron_target,
@@ -147,7 +147,7 @@ class NeuronBackend:
         jax.config.update("jax_platforms", "cpu")
         chip = _named_chip(target, options.logical_cores or neuron_logical_cores())
         flags = tuple(with_defaults(neuron_flags()))
-        compiler = NeuronCompiler(target, chip.cores_per_device, flags, neuron_cache_folder())
+        compiler = NeuronCompiler(target, chip.cores_per_device, flags, neuron_cache())
         return cls(chip, num_cores, runtime=NeffRuntime(num_cores, compiler))
 
     @classmethod

@@ -1,18 +1,21 @@
-"""neuronx-cc, AWS's compiler for NeuronCores: its flags, and its command line where a program is compiled by itself.
+"""neuronx-cc, AWS's compiler for NeuronCores: its flags, its command line, and libneuronxla's function around it.
 
-Within the Neuron plugin it is the plugin that calls it, with the flags of $NEURON_CC_FLAGS.
+Within the Neuron plugin it is the plugin that calls it, with the flags of $NEURON_CC_FLAGS. Programs that are compiled by themselves go
+through the command, whose results are kept in a folder; where they are to be shared through s3://, or there is no command, through
+libneuronxla, which keeps them as the plugin does.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,25 +53,25 @@ def compile_slots(free_bytes: int, processors: int) -> int:
 
 @dataclass(frozen=True)
 class NeuronCompiler:
-    """neuronx-cc as a command. What it made is kept in a folder, by program, flags and version; failures are not."""
+    """neuronx-cc. What the command made is kept in a folder, by program, flags and version; failures are not."""
 
     target: str
     """inf2, trn1, trn1n, trn2 or trn3."""
     logical_cores: int = 1
     """Physical cores that one program runs on."""
     flags: tuple[str, ...] = DEFAULT_FLAGS
-    cache: Path | None = None
+    cache: str | None = None
+    """A folder, or an s3:// address; None keeps nothing."""
 
     @staticmethod
     def is_installed() -> bool:
-        """Whether the command is on the path."""
-        return shutil.which(COMPILER) is not None
+        """Whether the command is on the path, or libneuronxla can be imported."""
+        return shutil.which(COMPILER) is not None or _in_process() is not None
 
     def command(self, hlo: Path, neff: Path, flags: Sequence[str]) -> list[str]:
         """The command line that makes a NEFF of a serialized HloModuleProto."""
         own = [flag for flag in flags if _name(flag) not in _WRAPPER_FLAGS]
-        if self.logical_cores > 1:
-            own = with_defaults(own, [f"--logical-nc-config={self.logical_cores}"])
+        own = self._with_cores(own)
         return [
             *(COMPILER, "compile", str(hlo), "--framework", "XLA", "--target", self.target, "--output", str(neff)),
             *own,
@@ -84,6 +87,8 @@ class NeuronCompiler:
             raise BackendError(
                 f"{COMPILER} is not on the path, and {name} has to be compiled: install AWS's Neuron packages, or compile elsewhere"
             )
+        if shutil.which(COMPILER) is None or (self._is_remote and _in_process() is not None):
+            return self._compile_in_process(program, name)
         kept = self._kept(program)
         if kept is not None and kept.is_file():
             return kept.read_bytes()
@@ -101,11 +106,52 @@ class NeuronCompiler:
         return neff
 
     def _kept(self, program: RankProgram) -> Path | None:
-        if self.cache is None:
+        if self.cache is None or self._is_remote:
             return None
-        said = "\0".join((compiler_version(), self.target, str(self.logical_cores), *self.flags, ""))
-        key = hashlib.sha256((said + program.text).encode()).hexdigest()
-        return self.cache / f"{key}.neff"
+        key = self._key(program, (compiler_version(), *self.flags))
+        return Path(self.cache) / "neff" / f"{key}.neff"
+
+    @property
+    def _is_remote(self) -> bool:
+        return self.cache is not None and "://" in self.cache
+
+    def _compile_in_process(self, program: RankProgram, name: str) -> bytes:
+        """By libneuronxla, which keeps results, and failures, in its own cache."""
+        compile_hlo = _in_process()
+        assert compile_hlo is not None
+        for flags in (self.flags, retried(self.flags)):
+            own = self._with_cores([flag for flag in flags if _name(flag) not in _WRAPPER_FLAGS])
+            try:
+                neff: bytes = compile_hlo(
+                    program.hlo,
+                    own,
+                    input_format="hlo",
+                    platform_target=self.target,
+                    cache_key=self._key(program, own),
+                    retry_failed_compilation=flags is not self.flags,
+                    lazy=True,
+                    use_cache=self.cache is not None,
+                    cache_dir=self.cache,
+                )
+                return neff
+            except Exception as error:  # it raises what the compiler's failure becomes there
+                said = " ".join(str(error).split())[-_MAX_MESSAGE:]
+                failure = BackendError(
+                    f"libneuronxla does not compile {name} for {self.target} ({' '.join(own)}): {said}"
+                )
+                if flags is not self.flags:
+                    raise failure from error
+                logger.warning("%s; trying once more with less optimization", failure)
+        raise AssertionError("either returned or raised")
+
+    def _key(self, program: RankProgram, flags: Sequence[str]) -> str:
+        said = "\0".join((self.target, str(self.logical_cores), *flags, ""))
+        return hashlib.sha256((said + program.text).encode()).hexdigest()
+
+    def _with_cores(self, flags: Sequence[str]) -> list[str]:
+        if self.logical_cores == 1:
+            return list(flags)
+        return with_defaults(flags, [f"--logical-nc-config={self.logical_cores}"])
 
     def _run(self, hlo: bytes, name: str, flags: Sequence[str]) -> bytes:
         with tempfile.TemporaryDirectory(prefix="quire-neuron-") as folder:
@@ -119,6 +165,16 @@ class NeuronCompiler:
                     f"{COMPILER} does not compile {name} for {self.target} (exit status {done.returncode}, {' '.join(command[8:])}): {said}"
                 )
             return neff.read_bytes()
+
+
+def _in_process() -> Callable[..., bytes] | None:
+    """libneuronxla's function that compiles, None where there is none."""
+    try:
+        package = importlib.import_module("libneuronxla")
+    except ImportError:
+        return None
+    found: Callable[..., bytes] | None = getattr(package, "neuron_xla_compile", None)
+    return found
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quire.backends.chips import chips
-from quire.backends.environment import neuron_cache_folder, neuron_flags
+from quire.backends.environment import neuron_cache, neuron_flags
 from quire.backends.neuron import NeuronBackend
 from quire.backends.neuron_compiler import COMPILER, NeuronCompiler, with_defaults
 from quire.backends.tpu import TpuBackend
@@ -90,7 +90,7 @@ def compile_for_neuron(plan: EnginePlan, backend: NeuronBackend, target: str, ou
     compiler = None
     if NeuronCompiler.is_installed():
         flags = tuple(with_defaults(neuron_flags()))
-        compiler = NeuronCompiler(backend.chip.name, backend.chip.cores_per_device, flags, neuron_cache_folder())
+        compiler = NeuronCompiler(backend.chip.name, backend.chip.cores_per_device, flags, neuron_cache())
     else:
         print(f"{COMPILER} is not on the path: programs are lowered and checked, and not compiled", file=sys.stderr)
     examine = partial(

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from jax.interpreters import mlir
@@ -155,3 +156,63 @@ def test_a_compiler_that_is_not_there_is_named(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BackendError, match="neuronx-cc is not on the path, and a step has to be compiled"):
         NeuronCompiler("inf2").compile(RankProgram(b"", "", 0, (), {}), "a step")
+
+
+class InProcess(ModuleType):
+    """libneuronxla as far as it is called: takes the documented arguments and nothing else, and keeps results and failures by their key."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__("libneuronxla")
+        self.calls: list[dict] = []
+        self._fails = fails
+        self.neuron_xla_compile = self._compile
+
+    def _compile(
+        self,
+        hlo_bytes,
+        flags,
+        *,
+        input_format,
+        platform_target,
+        cache_key,
+        retry_failed_compilation,
+        lazy,
+        use_cache,
+        cache_dir,
+    ):
+        assert isinstance(hlo_bytes, bytes)
+        assert input_format == "hlo"
+        assert platform_target == "trn1"
+        assert lazy
+        self.calls.append(
+            {"flags": flags, "key": cache_key, "retry": retry_failed_compilation, "cache": (use_cache, cache_dir)}
+        )
+        if self._fails and "--optlevel=1" not in flags:
+            raise RuntimeError("Compilation failure:\n[NCC_EVRF007] too many instructions")
+        return b"NEFF" + hlo_bytes
+
+
+PROGRAM = RankProgram(b"hlo", "module @jit_step", 0, (), {})
+
+
+def test_results_that_are_shared_through_s3_are_made_by_libneuronxla(compiler: Path, monkeypatch) -> None:
+    package = InProcess()
+    monkeypatch.setitem(sys.modules, "libneuronxla", package)
+    assert NeuronCompiler("trn1", cache="s3://bucket/cache").compile(PROGRAM, "a step") == b"NEFFhlo"
+    assert package.calls[0]["cache"] == (True, "s3://bucket/cache")
+    assert package.calls[0]["flags"] == ["--model-type=transformer", "--auto-cast=none"]
+    assert not package.calls[0]["retry"]
+    assert calls_of(compiler) == []
+
+
+def test_libneuronxla_is_asked_again_with_less_optimization(tmp_path: Path, monkeypatch) -> None:
+    package = InProcess(fails=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "libneuronxla", package)
+    assert NeuronCompiler("trn1", flags=("--optlevel=3",)).compile(PROGRAM, "a step") == b"NEFFhlo"
+    first, second = package.calls
+    assert (first["flags"], first["retry"], first["cache"]) == (["--optlevel=3"], False, (False, None))
+    assert (second["flags"], second["retry"]) == (["--optlevel=1"], True)
+    assert first["key"] != second["key"]
+    with pytest.raises(BackendError, match=r"libneuronxla does not compile a step for inf2 .*assert"):
+        NeuronCompiler("inf2").compile(PROGRAM, "a step")
