@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import logging
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class NeuronBackend:
         self.num_devices = devices if isinstance(devices, int) else len(devices)
         self._is_emulated = is_emulated
         self._runtime = runtime
+        self._flags = tuple(neuron_flags())
+        self._retrying = threading.Lock()
         self.memory: DeviceMemory = JaxMemory() if runtime is None else runtime
         self.capabilities = Capabilities(
             platform="neuron",
@@ -244,18 +247,18 @@ class NeuronBackend:
         if self._is_emulated:
             emulated: Program = lowered.compile()
             return emulated
-        flags = neuron_flags()
         try:
             compiled: Program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             logger.warning("the Neuron compiler fails; trying once more with less optimization: %s", error)
             # The plugin reads them when it compiles, so a program that another thread compiles meanwhile may get them too: that costs it
             # optimization, and is told apart in the cache.
-            set_neuron_flags(retried(flags))
-            try:
-                compiled = lowered.compile()
-            finally:
-                set_neuron_flags(flags)
+            with self._retrying:
+                set_neuron_flags(retried(self._flags))
+                try:
+                    compiled = lowered.compile()
+                finally:
+                    set_neuron_flags(self._flags)
         return compiled
 
     def profile(self, folder: Path) -> AbstractContextManager[Any]:
