@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quire.backends.chips import chips
+from quire.backends.chips import all_chips, chips
 from quire.backends.environment import neuron_cache, neuron_flags
 from quire.backends.neuron import NeuronBackend
 from quire.backends.neuron_compiler import COMPILER, NeuronCompiler, with_defaults
@@ -23,6 +23,7 @@ from quire.engine.config import EngineConfig
 from quire.engine.neuron_report import NeuronProgram, NeuronReport
 from quire.engine.planning import EnginePlan
 from quire.engine.programs import ProgramSource, build_all
+from quire.kernels.errors import BackendError
 
 GIB = 2**30
 Examined = TypeVar("Examined")
@@ -57,8 +58,14 @@ def run(namespace: argparse.Namespace) -> int:
     """Compiles, prints, writes; 1 where a program does not compile or breaks a rule."""
     arguments = engine_arguments(namespace)
     arguments["model"] = namespace.model or namespace.model_flag or "demo"
+    name = namespace.target.partition(":")[0]
+    if name not in all_chips():
+        raise BackendError(
+            f"target {namespace.target!r} names no chip that quire knows: TPUs, as v5e:2x4, are {', '.join(chips())}; "
+            f"NeuronCores, as inf2 or trn1:32, are {', '.join(chips('neuron'))}"
+        )
     backend: TpuBackend | NeuronBackend
-    if namespace.target.partition(":")[0] in chips("neuron"):
+    if name in chips("neuron"):
         backend = NeuronBackend.described(namespace.target, arguments.get("neuron_logical_cores"))
     else:
         backend = TpuBackend(namespace.target)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quire.backends.base import StepShape
+from quire.backends.neuron import NeuronBackend
 from quire.backends.stablehlo_lint import LintReport, lint
 from quire.engine.config import EngineConfig
 from quire.engine.planning import EnginePlan
@@ -181,3 +182,22 @@ def test_a_step_with_an_illegal_sampler_is_found() -> None:
     (finding,) = report_of(naive, SHAPES["greedy"]).errors
     assert finding.rule.name == "variadic-reduce"
     assert finding.place.function.endswith("sample")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("name", TINY)
+def test_every_program_of_the_backend_is_legal(name: str, num_devices: int, quantization: str) -> None:
+    """As an engine on an Inferentia2 chip would compile them, with the shapes and the weights of the backend itself."""
+    backend = NeuronBackend.described(f"inf2:{num_devices}")
+    settings = EngineConfig.from_arguments(
+        model=folder_of(name, num_devices),
+        tensor_parallel_size=num_devices,
+        quantization=quantization,
+        max_model_len=160,
+        decode_steps_per_dispatch=2,
+    )
+    for source in EnginePlan.make(settings, backend).sources():
+        found = lint(source.lower(backend)).errors
+        assert [finding.describe() for finding in found] == [], source.describe()

@@ -15,7 +15,7 @@ from quire.backends.rank_program import RankProgram, rank_module
 from quire.engine.config import EngineConfig
 from quire.engine.planning import EnginePlan
 from quire.kernels.errors import BackendError
-from quire.server.cli import main
+from quire.server.cli import EXIT_USAGE, main
 from tests.engine.engines import tiny_folder
 
 FEW = ["--max-model-len", "128", "--sampling", "greedy", "--max-num-seqs", "4"]
@@ -58,6 +58,14 @@ def test_without_a_compiler_every_program_is_lowered_and_looked_through(capsys, 
     assert all({"all_reduce", "all_gather"} == program["collectives"].keys() for program in steps)
     names = {path.name.partition(".")[2] for path in (tmp_path / "plan").iterdir()}
     assert names == {"json", "stablehlo.mlir", "hlo.pb"}
+
+
+def test_a_target_of_neither_kind_is_refused_with_the_chips_of_both(capsys) -> None:
+    assert main(["compile", "--target", "inf9"]) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert "'inf9' names no chip" in said
+    assert "v5e:2x4" in said
+    assert "inf2, trn1, trn2, trn3" in said
 
 
 def test_each_program_is_compiled_once_for_the_target(compiler: Path, capsys, tmp_path) -> None:
