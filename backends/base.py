@@ -56,6 +56,8 @@ class Capabilities:
     """Programs handed to the compiler at once."""
     holds_head_apart: bool = False
     """Whether a tied embedding is held a second time as the head's matrix: for devices that would transpose it in every step."""
+    num_draft_counts: int = 3
+    """How many different numbers of drafts are compiled, where the engine may choose among them."""
     keeps_compiled: bool = False
     """Whether its compiler keeps what it made by itself, so that jax's own cache of programs stays out of it."""
     min_layout_tile: tuple[int, int] = (1, 1)
@@ -106,18 +108,28 @@ class StepShape:
     context_blocks: int
     """Blocks of a row that attention can reach."""
     num_decode_steps: int = 1
+    """Rounds of a speculative step: each drafts, verifies and accepts."""
     sampling: SamplingMode = SamplingMode.GREEDY
     prompt_logprobs: bool = False
+    num_drafts: int = 0
+    """Tokens drafted for each decode row, and verified beside its newest one."""
+    is_catch_up: bool = False
+    """Whether its tiles are tokens that the draft model has not seen yet; the target computes nothing then."""
+
+    @property
+    def decode_width(self) -> int:
+        """Tokens of a decode row: its newest and its drafts."""
+        return 1 + self.num_drafts
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the dense layers see per pass."""
-        return self.decode_rows + self.prefill_tiles * self.tile_size
+        return self.decode_rows * self.decode_width + self.prefill_tiles * self.tile_size
 
     @property
     def num_logit_rows(self) -> int:
         """Rows whose next token is sampled."""
-        return self.decode_rows + self.prefill_tiles
+        return 0 if self.is_catch_up else self.decode_rows * self.decode_width + self.prefill_tiles
 
     def covers(self, need: StepShape) -> bool:
         """Whether a batch that needs at least `need` can run in this shape."""
@@ -128,6 +140,8 @@ class StepShape:
             and self.num_decode_steps == need.num_decode_steps
             and self.sampling >= need.sampling
             and self.prompt_logprobs >= need.prompt_logprobs
+            and self.num_drafts >= need.num_drafts
+            and self.is_catch_up == need.is_catch_up
         )
 
     def describe(self) -> str:
@@ -135,11 +149,15 @@ class StepShape:
         parts = []
         if self.decode_rows:
             steps = f" x{self.num_decode_steps} steps" if self.num_decode_steps > 1 else ""
-            parts.append(f"decode {self.decode_rows}{steps}")
+            drafts = f" of {self.num_drafts} drafts" if self.num_drafts else ""
+            parts.append(f"decode {self.decode_rows}{steps}{drafts}")
         if self.prefill_tiles:
-            parts.append(f"prefill {self.prefill_tiles}x{self.tile_size}")
-        extra = ", prompt logprobs" if self.prompt_logprobs else ""
-        return f"{' + '.join(parts)}, context {self.context_blocks} blocks, {self.sampling.name.lower()}{extra}"
+            kind = "draft prefill" if self.is_catch_up else "prefill"
+            parts.append(f"{kind} {self.prefill_tiles}x{self.tile_size}")
+        where = f"{' + '.join(parts)}, context {self.context_blocks} blocks"
+        if self.is_catch_up:
+            return where
+        return f"{where}, {self.sampling.name.lower()}{', prompt logprobs' if self.prompt_logprobs else ''}"
 
 
 @dataclass(frozen=True)
@@ -157,6 +175,10 @@ class ShapeLimits:
     """Whether sampling a greedy row costs no more where random ones may stand beside it, so that greedy needs no program of its own."""
     most_sampling: SamplingMode = SamplingMode.FULL
     """The most that requests may ask of the sampler."""
+    draft_counts: tuple[int, ...] = ()
+    """How many tokens a speculative step may draft for each row, ascending; none without speculation."""
+    has_draft_cache: bool = False
+    """Whether there is a draft model with a cache of its own, which has to catch up with the target's."""
 
 
 Program = Callable[..., Any]

@@ -13,7 +13,7 @@ import numpy as np
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.environment import available_memory, available_processors, cpu_flags
 from quire.backends.memory import JaxMemory
-from quire.backends.shapes import decode_row_sizes, with_sampling
+from quire.backends.shapes import decode_row_sizes, with_drafts, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.native.library import limit_threads
 from quire.kernels.ops import Ops, choose_ops
@@ -100,7 +100,7 @@ class CpuBackend:
         # Rows that nobody holds cost no more than their logits where padding is left out.
         mixed_rows = [rows[-1]] if limits.is_padding_free else sorted({rows[min(1, len(rows) - 1)], rows[-1]})
         mixed = [StepShape(r, p, self.capabilities.tile_size, full) for r in mixed_rows for p in tiles]
-        return with_sampling(decode, mixed, limits)
+        return with_drafts(with_sampling(decode, mixed, limits), limits)
 
     def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
         return jax.jit(program, donate_argnums=tuple(donate)).lower(*arguments)

@@ -36,7 +36,7 @@ from quire.backends.environment import (
 from quire.backends.memory import DeviceMemory, JaxMemory
 from quire.backends.neff import NeffRuntime
 from quire.backends.neuron_compiler import NeuronCompiler, compile_slots, retried, with_defaults
-from quire.backends.shapes import decode_row_sizes, with_sampling
+from quire.backends.shapes import decode_row_sizes, with_drafts, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.nki import official_nki
 from quire.kernels.op import OpContext
@@ -110,6 +110,7 @@ class NeuronBackend:
             memory_utilization=0.85,
             max_compile_threads=compile_slots(available_memory(), available_processors()),
             holds_head_apart=True,
+            num_draft_counts=2,
             keeps_compiled=not is_emulated,
         )
 
@@ -230,7 +231,7 @@ class NeuronBackend:
         decode = [StepShape(r, 0, TILE_SIZE, c, n) for r in rows for c in contexts for n in steps]
         tiles = sorted({1, limits.max_prefill_tiles})
         prefill = [StepShape(0, p, TILE_SIZE, full) for p in tiles]
-        return with_sampling(decode, prefill, limits)
+        return with_drafts(with_sampling(decode, prefill, limits), limits)
 
     def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
         # Parameters are bound by their number, so none may be left out.

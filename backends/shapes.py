@@ -39,5 +39,29 @@ def with_sampling(decode: Sequence[StepShape], mixed: Sequence[StepShape], limit
     ]
 
 
+def with_drafts(shapes: Sequence[StepShape], limits: ShapeLimits) -> list[StepShape]:
+    """The shapes, and those of speculation: each decode step once more for every number of drafts, and the draft model's own prefill.
+
+    The full sampler, which few requests need, is compiled for the fewest and the most drafts.
+    """
+    counts = limits.draft_counts
+    if not counts:
+        return list(shapes)
+    decode = [shape for shape in shapes if shape.prefill_tiles == 0]
+    speculative = [
+        dataclasses.replace(shape, num_drafts=count)
+        for shape in decode
+        for count in counts
+        if shape.sampling < SamplingMode.FULL or count in (counts[0], counts[-1])
+    ]
+    catch_up = []
+    if limits.has_draft_cache:
+        tiles = {
+            (shape.prefill_tiles, shape.tile_size, shape.context_blocks) for shape in shapes if shape.prefill_tiles
+        }
+        catch_up = [StepShape(0, *sizes, is_catch_up=True) for sizes in sorted(tiles)]
+    return [*shapes, *speculative, *catch_up]
+
+
 def _with(shape: StepShape, sampling: SamplingMode, *, prompt_logprobs: bool = False) -> StepShape:
     return dataclasses.replace(shape, sampling=sampling, prompt_logprobs=prompt_logprobs)

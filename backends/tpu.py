@@ -16,7 +16,7 @@ from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.chips import Chip, chip_of_kind, chips
 from quire.backends.environment import prepare_tpu_compiler
 from quire.backends.memory import JaxMemory
-from quire.backends.shapes import decode_row_sizes, with_sampling
+from quire.backends.shapes import decode_row_sizes, with_drafts, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.ops import Ops, choose_ops
 from quire.models.config import ModelConfig
@@ -111,7 +111,7 @@ class TpuBackend:
         decode = [StepShape(r, 0, TILE_SIZE, context, n) for r in rows for n in steps]
         tiles = sorted({min(FEW_TILES, limits.max_prefill_tiles), limits.max_prefill_tiles})
         mixed = [StepShape(rows[-1], p, TILE_SIZE, context) for p in tiles]
-        return with_sampling(decode, mixed, limits)
+        return with_drafts(with_sampling(decode, mixed, limits), limits)
 
     def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
         with self._kernel_target():

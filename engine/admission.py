@@ -164,7 +164,7 @@ class Headroom:
 
     def growth(self, request: Request) -> int:
         """Blocks that the request will take for its next tokens, beyond those that it holds or needs at once."""
-        num_tokens = len(request.token_ids) + request.num_in_flight
+        num_tokens = request.most_tokens
         growth = min(self.lookahead, request.max_total_tokens - num_tokens)
         held = max(len(request.block_ids), -(-num_tokens // self._block_size))
         return max(-(-(num_tokens + growth) // self._block_size) - held, 0)

@@ -150,7 +150,7 @@ def _count_collectives(text: str) -> dict[str, int]:
 
 
 def _count_cache_copies(text: str, plan: EnginePlan) -> int:
-    arrays = plan.cache_arrays
+    arrays = plan.target.cache_arrays(plan.resolved.num_kv_blocks)
     local = [
         size // plan.mesh.size if axis is not None else size
         for size, axis in zip(arrays.shape, arrays.spec, strict=True)

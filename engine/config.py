@@ -17,6 +17,7 @@ from quire.backends.chips import chips
 from quire.backends.neuron import RUNTIMES
 from quire.engine.admission import BATCHING_POLICIES, BatchingPolicy
 from quire.engine.sampling_params import MAX_LOGPROBS
+from quire.engine.speculation import SpeculativeConfig
 from quire.engine.step_data import StepLimits
 from quire.kernels.errors import InvalidConfigError
 from quire.kernels.linear.contract import QUANTIZATIONS
@@ -87,6 +88,22 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True)
+class SpeculationOptions:
+    """How tokens are drafted ahead, to be verified several at once."""
+
+    speculative_config: Mapping[str, Any] | str | None = _option(
+        None,
+        "Speculative decoding, as JSON: method (draft_model, ngram), model, num_speculative_tokens, prompt_lookup_max, prompt_lookup_min, "
+        "adaptive, quantization.",
+    )
+
+    @property
+    def parsed(self) -> SpeculativeConfig | None:
+        """What was asked for. Raises InvalidConfigError for what cannot be."""
+        return None if self.speculative_config is None else SpeculativeConfig.parse(self.speculative_config)
+
+
+@dataclass(frozen=True)
 class DeviceOptions:
     """Where and how it runs."""
 
@@ -119,6 +136,7 @@ class EngineConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
 
     @classmethod
@@ -144,6 +162,7 @@ class EngineConfig:
             for option in fields(_GROUPS[group.name]):
                 value = getattr(getattr(self, group.name), option.name)
                 _check_value(option, value)
+        _ = self.speculation.parsed
         if self.cache.memory_utilization is not None and not 0.0 < self.cache.memory_utilization <= 1.0:
             raise InvalidConfigError(
                 f"memory_utilization is a share of memory, above 0 and at most 1, not {self.cache.memory_utilization}"
@@ -154,6 +173,7 @@ _GROUPS: dict[str, Any] = {
     "model": ModelOptions,
     "cache": CacheOptions,
     "scheduler": SchedulerOptions,
+    "speculation": SpeculationOptions,
     "device": DeviceOptions,
 }
 
@@ -177,6 +197,8 @@ def _check_value(option: dataclasses.Field[Any], value: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or value < 0:
             raise InvalidConfigError(f"{option.name} must be a finite number of at least 0, not {value!r}")
+    elif annotation.startswith("Mapping"):
+        pass  # it says itself what it may hold
     elif not isinstance(value, str):
         raise InvalidConfigError(f"{option.name} must be a string, not {value!r}")
 
@@ -195,6 +217,8 @@ class ResolvedConfig:
     max_num_batched_tokens: int
     max_logprobs: int
     limits: StepLimits
+    draft_counts: tuple[int, ...]
+    """How many tokens a step may draft for each row, ascending; none without speculation."""
     notes: tuple[str, ...]
 
 
@@ -273,12 +297,14 @@ def resolve(
     cache_bytes: int,
     block_bytes: int,
     block_size: int,
+    draft: ModelConfig | None,
 ) -> ResolvedConfig:
     """Decides what was left open, and checks that the parts fit each other.
 
     Args:
         cache_bytes: what the device can give to the KV cache.
-        block_bytes: what one block of `block_size` tokens takes over all layers.
+        block_bytes: what one block of `block_size` tokens takes over all layers, those of a draft model included.
+        draft: the draft model, where there is one.
 
     Raises InvalidConfigError with both numbers and the remedy where something does not fit.
     """
@@ -310,8 +336,11 @@ def resolve(
         tile_size=tile_size,
         mixed_batches=capabilities.mixed_batches,
     )
-    windows = set(model.sliding_windows)
-    sliding_window = windows.pop() if len(windows) == 1 else None
+    # A block is out of sight when no layer of either model sees it.
+    windows = {max(layers, key=_window_key) for layers in (m.sliding_windows for m in (model, draft) if m is not None)}
+    same = all(len(set(m.sliding_windows)) == 1 for m in (model, draft) if m is not None)
+    sliding_window = max(windows, key=_window_key) if same else None
+    speculation = config.speculation.parsed
     return ResolvedConfig(
         dtype=resolve_dtype(config, model, capabilities),
         max_model_len=max_model_len,
@@ -323,8 +352,13 @@ def resolve(
         max_num_batched_tokens=max_num_batched_tokens,
         max_logprobs=min(MAX_LOGPROBS, model.vocab_size),
         limits=limits,
+        draft_counts=() if speculation is None else speculation.draft_counts(capabilities.num_draft_counts),
         notes=tuple(notes),
     )
+
+
+def _window_key(window: int | None) -> float:
+    return math.inf if window is None else window
 
 
 def resolve_block_size(config: EngineConfig, capabilities: Capabilities) -> int:

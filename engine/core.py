@@ -16,11 +16,14 @@ from quire.backends.environment import cache_folder
 from quire.backends.neuron import NeuronOptions
 from quire.backends.select import select_backend
 from quire.engine.admission import AdmissionPolicy, make_admission_policy
-from quire.engine.config import EngineConfig, LiveSettings, ResolvedConfig
+from quire.engine.config import EngineConfig, LiveSettings, ModelOptions, ResolvedConfig
+from quire.engine.draft_controller import DraftController
+from quire.engine.draft_scheduler import MAX_DRAFT_LAG, DraftScheduler, FixedDrafts
+from quire.engine.drafting import Weights
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.metrics import EngineStats, IdleClock, StepSeconds
 from quire.engine.model_runner import Dispatched, ModelRunner
-from quire.engine.planning import EnginePlan
+from quire.engine.planning import EnginePlan, ModelPlan
 from quire.engine.request import EngineCoreRequest
 from quire.engine.scheduler import Scheduler
 from quire.engine.step_data import EngineCoreOutput
@@ -56,13 +59,13 @@ class EngineCore:
             _enable_compilation_cache()
         # Settings that cannot work are refused before the weights are read; what is left once they are read decides on the cache.
         plan = EnginePlan.make(config, backend)
-        params = _load(plan, progress)
+        weights = _load(plan, progress)
         self.plan = plan.after_loading()
         for note in self.config.notes:
             logger.info("%s", note)
         self.settings = LiveSettings.of(config.scheduler, self.config)
-        self.scheduler = _make_scheduler(config, self.config)
-        self.runner = ModelRunner(self.plan, params)
+        self.scheduler = _make_scheduler(self.plan)
+        self.runner = ModelRunner(self.plan, weights)
         self._max_in_flight = 1 if config.scheduler.async_scheduling else 0
         self._in_flight: deque[Dispatched] = deque()
         self._dead: BaseException | None = None
@@ -191,15 +194,17 @@ def _enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _load(plan: EnginePlan, progress: Progress) -> Params:
-    placement, stacked = plan.placement, plan.backend.capabilities.scan_layers
-    if plan.settings.model.load_format == "dummy":
-        return init_params(
-            plan.model, plan.settings.model.seed, placement.dtype, stacked=stacked, place=placement.place
-        )
+def _load(plan: EnginePlan, progress: Progress) -> Weights:
+    return Weights(*(_load_model(part, plan.settings.model, progress) for part in plan.models))
+
+
+def _load_model(part: ModelPlan, options: ModelOptions, progress: Progress) -> Params:
+    placement, stacked = part.placement, part.backend.capabilities.scan_layers
+    if options.load_format == "dummy":
+        return init_params(part.model, options.seed, placement.dtype, stacked=stacked, place=placement.place)
     return load_params(
-        plan.folder,
-        plan.model,
+        part.folder,
+        part.model,
         placement.dtype,
         stacked=stacked,
         place=placement.place,
@@ -213,15 +218,31 @@ def _admission(settings: LiveSettings) -> AdmissionPolicy:
     )
 
 
-def _make_scheduler(config: EngineConfig, resolved: ResolvedConfig) -> Scheduler:
+def _make_scheduler(plan: EnginePlan) -> Scheduler:
+    config, resolved = plan.settings, plan.resolved
     settings = LiveSettings.of(config.scheduler, resolved)
+    window = resolved.sliding_window
+    if window is not None and plan.draft is not None:
+        window += MAX_DRAFT_LAG  # the draft model goes over the newest tokens once more
+    kv_cache = KVCacheManager(
+        resolved.num_kv_blocks,
+        resolved.block_size,
+        enable_prefix_caching=resolved.enable_prefix_caching,
+        sliding_window=window,
+    )
+    drafts, speculation = None, config.speculation.parsed
+    if speculation is not None:
+        most = resolved.draft_counts[-1]
+        drafts = DraftScheduler(
+            kv_cache,
+            DraftController((0, *resolved.draft_counts)) if speculation.adaptive else FixedDrafts(most),
+            max_drafts=most,
+            has_draft_cache=plan.draft is not None,
+            tile_size=resolved.limits.tile_size,
+            max_tiles=resolved.limits.max_prefill_tiles,
+        )
     return Scheduler(
-        KVCacheManager(
-            resolved.num_kv_blocks,
-            resolved.block_size,
-            enable_prefix_caching=resolved.enable_prefix_caching,
-            sliding_window=resolved.sliding_window,
-        ),
+        kv_cache,
         resolved.limits,
         max_num_seqs=resolved.max_num_seqs,
         max_num_batched_tokens=resolved.max_num_batched_tokens,
@@ -229,4 +250,5 @@ def _make_scheduler(config: EngineConfig, resolved: ResolvedConfig) -> Scheduler
         admission=_admission(settings),
         decode_steps_per_dispatch=config.scheduler.decode_steps_per_dispatch,
         priority_seconds=settings.effective_priority_seconds,
+        drafts=drafts,
     )

@@ -60,6 +60,7 @@ class Slots:
     min_tokens: Any  # int32
     stop_ids: Any  # [NS] int32
     bad_words: Any  # [NB, LB] int32
+    num_drafted: Any  # int32; leading tokens whose keys and values a draft model's cache holds
 
 
 @flax.struct.dataclass
@@ -68,6 +69,7 @@ class DeviceState:
 
     kv_cache: Any  # tuple of L arrays in the device's `CacheFormat`, or one array with the layers along the block axis
     slots: Slots
+    draft_cache: Any = None  # like kv_cache, a draft model's; under the same block tables
 
 
 def empty_row(max_model_len: int, vocab_size: int) -> Slots:
@@ -91,6 +93,7 @@ def empty_row(max_model_len: int, vocab_size: int) -> Slots:
         min_tokens=np.int32(0),
         stop_ids=np.full(NUM_STOP_IDS, -1, np.int32),
         bad_words=np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, np.int32),
+        num_drafted=np.int32(0),
     )
 
 
@@ -120,6 +123,7 @@ def request_row(admitted: AdmittedRequest, max_model_len: int, vocab_size: int) 
         presence_penalty=np.float32(params.presence_penalty),
         frequency_penalty=np.float32(params.frequency_penalty),
         min_tokens=np.int32(params.min_tokens),
+        num_drafted=np.int32(admitted.num_drafted),
     )
     return replaced
 

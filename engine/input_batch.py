@@ -10,8 +10,9 @@ import numpy as np
 from quire.backends.base import StepShape
 from quire.engine.block_pool import NULL_BLOCK
 from quire.engine.device_state import sampling_mode
+from quire.engine.drafting import CatchUpInput
 from quire.engine.step import ModelInput
-from quire.engine.step_data import AdmittedRequest, BlockUpdate, DecodeRow, PrefillChunk, SchedulerOutput, StepLimits
+from quire.engine.step_data import AdmittedRequest, BlockUpdate, PrefillChunk, SchedulerOutput, StepLimits
 from quire.kernels.sampling.rows import SamplingMode
 
 
@@ -19,13 +20,13 @@ from quire.kernels.sampling.rows import SamplingMode
 class BatchLayout:
     """Where the scheduled rows lie in a step's arrays and what to read of them, so that its output can be read later.
 
-    A slot may have gone to another request by then, which is why all that is needed is noted here. `sampled_rows`
-    and `num_logprobs` have one entry per row that samples, decode rows first; `prompt_targets[i]` is how many tokens of
-    chunk i are followed by a prompt token whose logprobs were asked for.
+    A slot may have gone to another request by then, which is why all that is needed is noted here. `sampled_tiles` are the
+    columns of the chunks that sample; `num_logprobs` has one entry per row that samples, decode rows first;
+    `prompt_targets[i]` is how many tokens of chunk i are followed by a prompt token whose logprobs were asked for.
     """
 
     shape: StepShape
-    sampled_rows: list[int]
+    sampled_tiles: list[int]
     num_logprobs: list[int | None]
     first_tiles: list[int]
     prompt_targets: list[int]
@@ -95,11 +96,14 @@ class InputBatch:
         shape = self._chooser.choose(self._need(step))
         decode_slots = np.full(shape.decode_rows, self._sink, np.int32)
         decode_slots[: len(step.decode)] = [row.slot for row in step.decode]
+        decode_drafts = np.zeros(shape.decode_rows, np.int32)
+        decode_drafts[: len(step.decode)] = [row.num_drafts for row in step.decode]
+        num_decoded = shape.decode_rows * shape.decode_width
         tile_slots = np.full(shape.prefill_tiles, self._sink, np.int32)
         tile_starts = np.zeros(shape.prefill_tiles, np.int32)
         tile_lens = np.zeros(shape.prefill_tiles, np.int32)
         tile_samples = np.zeros(shape.prefill_tiles, np.bool_)
-        first_tiles, sampled_rows, tile = [], list(range(len(step.decode))), 0
+        first_tiles, sampled_tiles, tile = [], [], 0
         for chunk in step.prefill:
             num_tiles = self._limits.num_tiles(chunk.num_tokens)
             tiles = slice(tile, tile + num_tiles)
@@ -111,10 +115,11 @@ class InputBatch:
             tile += num_tiles
             if chunk.samples:
                 tile_samples[tile - 1] = True
-                sampled_rows.append(shape.decode_rows + tile - 1)
+                sampled_tiles.append(num_decoded + tile - 1)
         inputs = ModelInput(
             decode_slots=decode_slots,
             decode_tables=self._tables[decode_slots, : shape.context_blocks],
+            decode_drafts=decode_drafts,
             tile_slots=tile_slots,
             tile_starts=tile_starts,
             tile_lens=tile_lens,
@@ -123,7 +128,7 @@ class InputBatch:
         )
         layout = BatchLayout(
             shape=shape,
-            sampled_rows=sampled_rows,
+            sampled_tiles=sampled_tiles,
             num_logprobs=[self._num_logprobs[slot] for slot in sampling_slots(step)],
             first_tiles=first_tiles,
             prompt_targets=[self._prompt_targets(chunk) for chunk in step.prefill],
@@ -131,12 +136,37 @@ class InputBatch:
         )
         return inputs, layout
 
+    def build_catch_up(self, step: SchedulerOutput) -> tuple[StepShape, CatchUpInput]:
+        """The arrays with which the draft model catches up before the step, whose block updates are applied by now."""
+        rows = step.catch_up
+        shape = self._chooser.choose(
+            StepShape(
+                decode_rows=0,
+                prefill_tiles=sum(row.num_tiles for row in rows),
+                tile_size=self._limits.tile_size,
+                context_blocks=-(-max(row.end for row in rows) // self._block_size),
+                is_catch_up=True,
+            )
+        )
+        num_padding = shape.prefill_tiles - sum(row.num_tiles for row in rows)
+        tiles = [(row.slot, row.start, idx, idx == row.num_tiles - 1) for row in rows for idx in range(row.num_tiles)]
+        slots, starts, tile_idx, is_last = zip(*tiles, *[(self._sink, 0, 0, False)] * num_padding, strict=True)
+        return shape, CatchUpInput(
+            slots=np.array(slots, np.int32),
+            starts=np.array(starts, np.int32),
+            tile_idx=np.array(tile_idx, np.int32),
+            is_last=np.array(is_last, np.bool_),
+            tables=self._tables[list(slots), : shape.context_blocks],
+        )
+
     def _apply(self, update: BlockUpdate) -> None:
         self._tables[update.slot, update.first_idx : update.first_idx + len(update.block_ids)] = update.block_ids
 
     def _need(self, step: SchedulerOutput) -> StepShape:
-        rows: tuple[DecodeRow | PrefillChunk, ...] = (*step.decode, *step.prefill)
-        longest = max(row.start + row.num_tokens for row in rows)
+        longest = max(
+            max((row.end for row in step.decode), default=0),
+            max((chunk.start + chunk.num_tokens for chunk in step.prefill), default=0),
+        )
         slots = sampling_slots(step)
         prompt_logprobs = any(self._prompt_targets(chunk) for chunk in step.prefill)
         return StepShape(
@@ -148,6 +178,7 @@ class InputBatch:
             num_decode_steps=step.num_decode_steps,
             sampling=SamplingMode(int(self._modes[slots].max())) if slots else SamplingMode.GREEDY,
             prompt_logprobs=prompt_logprobs,
+            num_drafts=step.num_drafts,
         )
 
 

@@ -53,6 +53,8 @@ class KVCacheManager:
         self._enable_prefix_caching = enable_prefix_caching
         self._sliding_window = sliding_window
         self._being_computed: dict[bytes, str] = {}
+        # Full blocks whose tokens a draft model's cache has as well.
+        self._drafted: set[int] = set()
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
 
@@ -95,7 +97,7 @@ class KVCacheManager:
         assert not request.block_ids, request
         self.pool.share(prefix.block_ids)
         missing = self.num_blocks_for(len(request.token_ids)) - len(prefix.block_ids)
-        request.block_ids = [*prefix.block_ids, *self.pool.allocate(missing)]
+        request.block_ids = [*prefix.block_ids, *self._allocate(missing)]
         request.num_hashed_blocks = len(prefix.block_ids)
         request.num_nulled_blocks = 0
         if self._enable_prefix_caching:
@@ -113,8 +115,26 @@ class KVCacheManager:
             return []
         if missing > self.pool.num_free:
             return None
-        blocks = self.pool.allocate(missing)
+        blocks = self._allocate(missing)
         request.block_ids.extend(blocks)
+        return blocks
+
+    def num_drafted(self, request: Request, at_least: int) -> int:
+        """Leading tokens that the draft model's cache has, `at_least` so many: those, and the blocks after them that others filled."""
+        idx = at_least // self.block_size
+        while idx < len(request.block_ids) and request.block_ids[idx] in self._drafted:
+            idx += 1
+        return max(at_least, idx * self.block_size)
+
+    def publish_drafted(self, request: Request, start: int, end: int) -> None:
+        """Tokens `start ... end - 1` of the request, which are known, are in the draft model's cache from now on, as all before them."""
+        for idx in range(start // self.block_size, end // self.block_size):
+            if request.block_ids[idx] != NULL_BLOCK:
+                self._drafted.add(request.block_ids[idx])
+
+    def _allocate(self, count: int) -> list[int]:
+        blocks = self.pool.allocate(count)
+        self._drafted.difference_update(blocks)
         return blocks
 
     def publish_full_blocks(self, request: Request) -> None:
@@ -140,7 +160,9 @@ class KVCacheManager:
         first = request.num_nulled_blocks
         if self._sliding_window is None:
             return first, 0
-        first_visible = request.num_computed_tokens - self._sliding_window + 1
+        # What may come of drafts counts only once it has: until then the row may stand further back.
+        num_computed = min(request.num_computed_tokens, request.least_tokens - 1)
+        first_visible = num_computed - self._sliding_window + 1
         count = min(max(first_visible, 0) // self.block_size, len(request.block_ids)) - first
         if count <= 0:
             return first, 0

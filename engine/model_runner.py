@@ -13,11 +13,19 @@ import numpy as np
 from quire.backends.base import Program, StepShape
 from quire.engine.compilation import CompilationCounter
 from quire.engine.device_state import DeviceState, Slots, empty_row, empty_slots, request_row
+from quire.engine.drafting import Weights
 from quire.engine.input_batch import BatchLayout, InputBatch, ShapeChooser
 from quire.engine.planning import EnginePlan
-from quire.engine.programs import ProgramSource, build_all, on_every_device, slot_update_source, step_source
+from quire.engine.programs import (
+    ProgramSource,
+    build_all,
+    on_every_device,
+    slot_update_source,
+    step_source,
+    weights_of,
+)
 from quire.engine.step import StepOutput
-from quire.engine.step_data import ModelRunnerOutput, SchedulerOutput, TokenLogprobs
+from quire.engine.step_data import DraftRound, ModelRunnerOutput, SchedulerOutput, TokenLogprobs
 from quire.kernels.sampling.rows import Logprobs
 
 
@@ -45,10 +53,10 @@ class ModelRunner:
     The device's state is donated to every program, so only the newest one is kept. Knows slots, not requests.
     """
 
-    def __init__(self, plan: EnginePlan, params: Any) -> None:
-        """Allocates the state; `params` are what `plan.placement` placed."""
+    def __init__(self, plan: EnginePlan, weights: Weights) -> None:
+        """Allocates the state; the weights are what the placements of `plan.models` placed."""
         self._plan = plan
-        self._params = params
+        self._weights = weights
         resolved, shapes = plan.resolved, plan.shapes
         blocks_per_row = -(-resolved.max_model_len // resolved.block_size)
         chooser = ShapeChooser(shapes, resolved.block_size)
@@ -58,14 +66,18 @@ class ModelRunner:
         self._write_row: Program | None = None
         self.compilations = CompilationCounter()
         self.counters = RunnerCounters()
-        self.state = DeviceState(
-            kv_cache=plan.cache_arrays.allocate(plan.ops.kv_cache.function, plan.mesh, plan.backend.memory),
-            slots=on_every_device(
-                empty_slots(resolved.max_num_seqs, resolved.max_model_len, plan.model.vocab_size),
-                plan.mesh,
-                plan.backend.memory,
-            ),
+        caches = [
+            part.cache_arrays(resolved.num_kv_blocks).allocate(
+                part.ops.kv_cache.function, plan.mesh, plan.backend.memory
+            )
+            for part in plan.models
+        ]
+        slots = on_every_device(
+            empty_slots(resolved.max_num_seqs, resolved.max_model_len, plan.model.vocab_size),
+            plan.mesh,
+            plan.backend.memory,
         )
+        self.state = DeviceState(caches[0], slots, *caches[1:])
 
     # ---- before the first request
 
@@ -91,7 +103,7 @@ class ModelRunner:
 
     def step_source(self, shape: StepShape) -> ProgramSource:
         """A step's program before it is compiled."""
-        return step_source(self.step_config, shape, self._params, self.state, self._plan.mesh)
+        return step_source(self.step_config, shape, self._weights, self.state, self._plan.mesh)
 
     # ---- a step
 
@@ -103,12 +115,19 @@ class ModelRunner:
                 admitted.slot, request_row(admitted, self._plan.resolved.max_model_len, self._plan.model.vocab_size)
             )
         inputs, layout = self._batch.build(step)
-        self.state, output = self.programs[layout.shape](self._params, self.state, inputs)
+        if step.catch_up:
+            shape, catch_up = self._batch.build_catch_up(step)
+            self.state, _ = self._run(shape, catch_up)
+        self.state, output = self._run(layout.shape, inputs)
         jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
         self.counters.num_real_tokens += step.num_tokens
         if not self._plan.ops.is_padding_free:
             self.counters.num_padding_tokens += layout.shape.num_tokens * step.num_decode_steps - step.num_tokens
         return Dispatched(step, layout, output)
+
+    def _run(self, shape: StepShape, inputs: Any) -> tuple[DeviceState, Any]:
+        launched: tuple[DeviceState, Any] = self.programs[shape](weights_of(shape, self._weights), self.state, inputs)
+        return launched
 
     def wait(self, dispatched: Dispatched) -> None:
         """Blocks until the device has finished a launched step."""
@@ -117,19 +136,22 @@ class ModelRunner:
     def read(self, dispatched: Dispatched) -> ModelRunnerOutput:
         """Gives a launched step's tokens, row by row as they were scheduled."""
         step, layout, output = dispatched.step, dispatched.layout, dispatched.output
-        columns = np.asarray(output.token_ids).T.tolist()  # [R + P][N]
-        counts = [row.num_tokens for row in step.decode] + [1] * (len(layout.sampled_rows) - len(step.decode))
-        token_ids = [columns[row][:count] for row, count in zip(layout.sampled_rows, counts, strict=True)]
-        if output.logprobs is None:
-            row_logprobs: list[list[TokenLogprobs] | None] = [None] * len(token_ids)
+        sampled: np.ndarray = np.asarray(output.token_ids)  # [N, R x W + P]
+        num_emitted, rounds = _emitted(step, output)
+        places = _places(step, layout, num_emitted)
+        if num_emitted is None and sampled.shape[0] == 1:
+            values = sampled[0].tolist()
+            token_ids = [[values[column]] for row in places for _, column in row]
         else:
+            token_ids = [[int(sampled[place]) for place in row] for row in places]
+        row_logprobs: list[list[TokenLogprobs] | None] = [None] * len(token_ids)
+        if output.logprobs is not None:
             logprobs = jax.tree.map(np.asarray, output.logprobs)
-            rows = zip(layout.sampled_rows, counts, layout.num_logprobs, strict=True)
             row_logprobs = [
-                None if num_top is None else [_token_logprobs(logprobs, (n, row), num_top) for n in range(count)]
-                for row, count, num_top in rows
+                None if num_top is None else [_token_logprobs(logprobs, place, num_top) for place in row]
+                for row, num_top in zip(places, layout.num_logprobs, strict=True)
             ]
-        return ModelRunnerOutput(token_ids, row_logprobs, self._prompt_logprobs(dispatched))
+        return ModelRunnerOutput(token_ids, row_logprobs, self._prompt_logprobs(dispatched), rounds)
 
     def _write(self, slot: int, row: Slots) -> None:
         assert self._write_row is not None, "warm_up comes first"
@@ -151,6 +173,36 @@ class ModelRunner:
                     _token_logprobs(logprobs, (first_tile + tile, offset), num_top) for tile, offset in places
                 ]
         return found
+
+
+def _emitted(step: SchedulerOutput, output: StepOutput) -> tuple[list[list[int]] | None, list[list[DraftRound]]]:
+    """For each decode row, how many tokens each decode step brought it, and what came of its drafts."""
+    if output.num_emitted is None:
+        return None, []
+    num_rows = len(step.decode)
+    counts: list[list[int]] = np.asarray(output.num_emitted).T[:num_rows].tolist()
+    if not step.num_drafts:
+        return counts, []
+    drafts: list[list[int]] = np.asarray(output.num_drafts).T[:num_rows].tolist()
+    return counts, [
+        [DraftRound(proposed, emitted - 1) for proposed, emitted in zip(*row, strict=True) if emitted]
+        for row in zip(drafts, counts, strict=True)
+    ]
+
+
+def _places(
+    step: SchedulerOutput, layout: BatchLayout, num_emitted: list[list[int]] | None
+) -> list[list[tuple[int, int]]]:
+    """For each row that samples, where its tokens stand: (decode step, column)."""
+    width = layout.shape.decode_width
+    if num_emitted is None:
+        decoded = [[(n, idx) for n in range(row.num_tokens)] for idx, row in enumerate(step.decode)]
+    else:
+        decoded = [
+            [(n, idx * width + offset) for n, count in enumerate(counts) for offset in range(count)]
+            for idx, counts in enumerate(num_emitted)
+        ]
+    return decoded + [[(0, column)] for column in layout.sampled_tiles]
 
 
 def _token_logprobs(logprobs: Logprobs, place: tuple[int, int], num_top: int) -> TokenLogprobs:

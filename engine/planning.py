@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from quire.backends.base import Backend, ShapeLimits, StepShape
 from quire.engine.config import EngineConfig, ResolvedConfig, resolve, resolve_block_size, resolve_dtype
 from quire.engine.device_state import CacheArrays, DeviceState, cache_block_bytes, empty_slots
+from quire.engine.drafting import Drafter, ModelDrafter, NgramDrafter, Weights
 from quire.engine.loading import WeightPlacement, planned_weight_bytes
+from quire.engine.passes import StepModel
 from quire.engine.programs import EVERYWHERE, ProgramSource, abstract_on, slot_update_source, step_source
+from quire.engine.speculation import SpeculativeConfig, check_vocabularies
 from quire.engine.step import StepConfig
 from quire.kernels.errors import InvalidConfigError
 from quire.kernels.ops import Ops
@@ -29,15 +33,92 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class EnginePlan:
-    """One model on one backend, with every number decided."""
+class ModelPlan:
+    """A model on a backend: the target, or the one that drafts."""
 
-    settings: EngineConfig
     folder: Path
     model: ModelConfig
+    ops: Ops
+    dtype: str
+    quantization: str
+    block_size: int
     backend: Backend
     mesh: Mesh
-    ops: Ops
+
+    @classmethod
+    def make(
+        cls,
+        folder: Path,
+        settings: EngineConfig,
+        backend: Backend,
+        mesh: Mesh,
+        quantization: str,
+        dtype: str | None = None,
+    ) -> ModelPlan:
+        """Reads the folder's config.json; None is the dtype that the settings ask for.
+
+        Raises InvalidConfigError, ModelError or KernelUnavailableError with the remedy.
+        """
+        model = load_config(folder, settings.model.max_model_len)
+        if model.tie_word_embeddings:
+            model = dataclasses.replace(model, holds_head_apart=backend.capabilities.holds_head_apart)
+        check_divisible(model, mesh.size)
+        dtype = dtype or resolve_dtype(settings, model, backend.capabilities)
+        block_size = resolve_block_size(settings, backend.capabilities)
+        wanted = _wanted_kernels(settings.device.kernels)
+        ops = backend.select_ops(model, dtype, quantization, block_size, mesh.size, wanted)
+        return cls(folder, model, ops, dtype, quantization, block_size, backend, mesh)
+
+    @property
+    def placement(self) -> WeightPlacement:
+        """How and where the weights are held."""
+        dtype = np.dtype(jnp.dtype(self.dtype))
+        return WeightPlacement(self.model, dtype, self.ops, self.quantization, self.mesh, self.backend.memory)
+
+    @property
+    def step_model(self) -> StepModel:
+        """What is static about it in every step."""
+        return StepModel(self.model, self.ops, Parallel(self.mesh.size))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights on each device."""
+        return planned_weight_bytes(
+            self.model, self.backend.capabilities, self.dtype, self.quantization, self.mesh.size
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of its KV cache on each device, all layers together."""
+        return cache_block_bytes(
+            self.model,
+            self.backend.capabilities,
+            self.ops.kv_cache.function,
+            self.block_size,
+            self.dtype,
+            self.mesh.size,
+        )
+
+    def cache_arrays(self, num_blocks: int) -> CacheArrays:
+        """A KV cache of so many blocks."""
+        return CacheArrays.of(
+            self.model,
+            self.backend.capabilities,
+            self.ops.kv_cache.function,
+            num_blocks,
+            self.block_size,
+            self.dtype,
+            self.mesh.size,
+        )
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """One model on one backend, with every number decided, and the model that drafts for it where there is one."""
+
+    settings: EngineConfig
+    target: ModelPlan
+    draft: ModelPlan | None
     resolved: ResolvedConfig
 
     @classmethod
@@ -45,109 +126,116 @@ class EnginePlan:
         """Reads the model's config.json. Raises InvalidConfigError, ModelError or BackendError with the remedy."""
         mesh = backend.make_mesh(settings.device.tensor_parallel_size)
         folder = resolve_model(settings.model.model)
-        model = load_config(folder, settings.model.max_model_len)
-        if model.tie_word_embeddings:
-            model = dataclasses.replace(model, holds_head_apart=backend.capabilities.holds_head_apart)
-        check_divisible(model, mesh.size)
-        capabilities = backend.capabilities
-        dtype, block_size = resolve_dtype(settings, model, capabilities), resolve_block_size(settings, capabilities)
-        wanted = _wanted_kernels(settings.device.kernels)
-        ops = backend.select_ops(model, dtype, settings.model.quantization, block_size, mesh.size, wanted)
-        logger.info("kernels: %s", ops.describe().replace("\n", ", "))
-        weights = planned_weight_bytes(model, capabilities, dtype, settings.model.quantization, mesh.size)
-        resolved = _resolve(settings, model, backend, ops, weights)
-        return cls(settings, folder, model, backend, mesh, ops, resolved)
+        target = ModelPlan.make(folder, settings, backend, mesh, settings.model.quantization)
+        logger.info("kernels: %s", target.ops.describe().replace("\n", ", "))
+        draft = _plan_draft(settings, target)
+        return cls(settings, target, draft, _resolve(settings, target, draft, are_weights_loaded=False))
 
     def after_loading(self) -> EnginePlan:
         """The plan for the memory that is left once the weights are in it."""
-        return dataclasses.replace(self, resolved=_resolve(self.settings, self.model, self.backend, self.ops, 0))
+        resolved = _resolve(self.settings, self.target, self.draft, are_weights_loaded=True)
+        return dataclasses.replace(self, resolved=resolved)
 
     @property
-    def placement(self) -> WeightPlacement:
-        """How and where the weights are held."""
-        dtype = np.dtype(jnp.dtype(self.resolved.dtype))
-        return WeightPlacement(
-            self.model, dtype, self.ops, self.settings.model.quantization, self.mesh, self.backend.memory
-        )
+    def model(self) -> ModelConfig:
+        """What the target is."""
+        return self.target.model
+
+    @property
+    def ops(self) -> Ops:
+        """The target's kernels."""
+        return self.target.ops
+
+    @property
+    def backend(self) -> Backend:
+        """Where it runs."""
+        return self.target.backend
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices that share it."""
+        return self.target.mesh
+
+    @property
+    def models(self) -> tuple[ModelPlan, ...]:
+        """The target, and the draft model where there is one."""
+        return (self.target,) if self.draft is None else (self.target, self.draft)
 
     @property
     def shapes(self) -> tuple[StepShape, ...]:
         """Every shape that is compiled."""
-        return tuple(self.backend.step_shapes(_limits(self.settings, self.resolved, self.ops)))
+        return tuple(self.backend.step_shapes(_limits(self.settings, self.resolved, self.target, self.draft)))
 
     @property
     def step_config(self) -> StepConfig:
         """What is static about every step."""
         return StepConfig(
-            self.model,
-            self.ops,
+            self.target.step_model,
             self.resolved.block_size,
             self.resolved.max_logprobs,
             unroll_steps=not self.backend.capabilities.scan_layers,
-            parallel=Parallel(self.mesh.size),
-        )
-
-    @property
-    def cache_arrays(self) -> CacheArrays:
-        """The KV cache."""
-        return CacheArrays.of(
-            self.model,
-            self.backend.capabilities,
-            self.ops.kv_cache.function,
-            self.resolved.num_kv_blocks,
-            self.resolved.block_size,
-            self.resolved.dtype,
-            self.mesh.size,
+            drafter=_drafter(self.settings.speculation.parsed, self.target, self.draft),
         )
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights on each device."""
-        quantization = self.settings.model.quantization
-        return planned_weight_bytes(
-            self.model, self.backend.capabilities, self.resolved.dtype, quantization, self.mesh.size
-        )
+        """Bytes of all weights on each device."""
+        return sum(part.weight_bytes for part in self.models)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block on each device, in every cache."""
+        return sum(part.block_bytes for part in self.models)
 
     @property
     def working_bytes(self) -> int:
         """Bytes of each device that the cache leaves to the temporary arrays of a step."""
-        gathered = 0 if self.ops.attends_in_place else self.block_bytes // self.model.num_layers
-        dtype, num_devices = self.resolved.dtype, self.mesh.size
-        return max(working_bytes(self.model, dtype, shape, num_devices, gathered) for shape in self.shapes)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of the KV cache on each device, all layers together."""
-        return cache_block_bytes(
-            self.model,
-            self.backend.capabilities,
-            self.ops.kv_cache.function,
-            self.resolved.block_size,
-            self.resolved.dtype,
-            self.mesh.size,
-        )
+        return _working_bytes_of(self.shapes, self.target)
 
     def sources(self) -> list[ProgramSource]:
         """Every program of the engine, from abstract weights: what can be compiled on a machine that has neither them nor the device."""
-        params = self.placement.abstract(stacked=self.backend.capabilities.scan_layers)
+        stacked = self.backend.capabilities.scan_layers
+        weights = Weights(*(part.placement.abstract(stacked=stacked) for part in self.models))
         # Their sharding is what says which device the programs are for, also where it is one.
         whole = NamedSharding(self.mesh, EVERYWHERE)
         slots = abstract_on(
             empty_slots(self.resolved.max_num_seqs, self.resolved.max_model_len, self.model.vocab_size), whole
         )
-        state = DeviceState(self.cache_arrays.abstract(self.mesh), slots)
-        steps = [step_source(self.step_config, shape, params, state, self.mesh) for shape in self.shapes]
+        caches = [part.cache_arrays(self.resolved.num_kv_blocks).abstract(self.mesh) for part in self.models]
+        state = DeviceState(caches[0], slots, *caches[1:])
+        steps = [step_source(self.step_config, shape, weights, state, self.mesh) for shape in self.shapes]
         return [*steps, slot_update_source(slots, self.resolved.max_model_len, self.model.vocab_size, self.mesh)]
 
 
+def _plan_draft(settings: EngineConfig, target: ModelPlan) -> ModelPlan | None:
+    speculation = settings.speculation.parsed
+    if speculation is None or speculation.model is None:
+        return None
+    folder = resolve_model(speculation.model)
+    quantization = speculation.quantization or settings.model.quantization
+    draft = ModelPlan.make(folder, settings, target.backend, target.mesh, quantization, target.dtype)
+    check_vocabularies(target.folder, target.model, folder, draft.model, settings.model.tokenizer)
+    logger.info("kernels of the draft model: %s", draft.ops.describe().replace("\n", ", "))
+    return draft
+
+
+def _drafter(speculation: SpeculativeConfig | None, target: ModelPlan, draft: ModelPlan | None) -> Drafter | None:
+    if speculation is None:
+        return None
+    if draft is None:
+        return NgramDrafter(speculation.prompt_lookup_min, speculation.prompt_lookup_max)
+    # What it samples from is the target's vocabulary, also where the padding of the two tables differs.
+    return ModelDrafter(dataclasses.replace(draft.step_model, num_sampled=target.model.vocab_size))
+
+
 def _resolve(
-    settings: EngineConfig, model: ModelConfig, backend: Backend, ops: Ops, weight_bytes: int
+    settings: EngineConfig, target: ModelPlan, draft: ModelPlan | None, *, are_weights_loaded: bool
 ) -> ResolvedConfig:
-    """`weight_bytes` are those that one device does not hold yet."""
-    capabilities, num_devices = backend.capabilities, settings.device.tensor_parallel_size
-    dtype, block_size = resolve_dtype(settings, model, capabilities), resolve_block_size(settings, capabilities)
+    backend, model, dtype = target.backend, target.model, target.dtype
+    capabilities = backend.capabilities
+    parts = [target] if draft is None else [target, draft]
+    weight_bytes = 0 if are_weights_loaded else sum(part.weight_bytes for part in parts)
     utilization = settings.cache.memory_utilization or capabilities.memory_utilization
-    block_bytes = cache_block_bytes(model, capabilities, ops.kv_cache.function, block_size, dtype, num_devices)
 
     def decide(step_bytes: int) -> ResolvedConfig:
         cache_bytes = backend.kv_cache_bytes(utilization, weight_bytes + step_bytes)
@@ -159,13 +247,24 @@ def _resolve(
                 "bits (quantization, dtype), or take a smaller one"
             )
         return resolve(
-            settings, model, capabilities, cache_bytes=cache_bytes, block_bytes=block_bytes, block_size=block_size
+            settings,
+            model,
+            capabilities,
+            cache_bytes=cache_bytes,
+            block_bytes=sum(part.block_bytes for part in parts),
+            block_size=target.block_size,
+            draft=None if draft is None else draft.model,
         )
 
     # How large steps are is decided first, and does not hang on the cache.
-    shapes = backend.step_shapes(_limits(settings, decide(0), ops))
-    gathered = 0 if ops.attends_in_place else block_bytes // model.num_layers
-    return decide(max(working_bytes(model, dtype, shape, num_devices, gathered) for shape in shapes))
+    shapes = backend.step_shapes(_limits(settings, decide(0), target, draft))
+    return decide(_working_bytes_of(shapes, target))
+
+
+def _working_bytes_of(shapes: Sequence[StepShape], target: ModelPlan) -> int:
+    """Of the largest step. Drafting takes less than verifying: fewer tokens of a smaller model."""
+    gathered = 0 if target.ops.attends_in_place else target.block_bytes // target.model.num_layers
+    return max(working_bytes(target.model, target.dtype, shape, target.mesh.size, gathered) for shape in shapes)
 
 
 def working_bytes(model: ModelConfig, dtype: str, shape: StepShape, num_devices: int, gathered_block_bytes: int) -> int:
@@ -186,16 +285,20 @@ def working_bytes(model: ModelConfig, dtype: str, shape: StepShape, num_devices:
     return shape.num_tokens * widths * itemsize + num_logits * logit_rows * model.vocab_size * 4 + gathered
 
 
-def _limits(settings: EngineConfig, resolved: ResolvedConfig, ops: Ops) -> ShapeLimits:
+def _limits(
+    settings: EngineConfig, resolved: ResolvedConfig, target: ModelPlan, draft: ModelPlan | None
+) -> ShapeLimits:
     return ShapeLimits(
         max_num_seqs=resolved.max_num_seqs,
         max_prefill_tiles=resolved.limits.max_prefill_tiles,
         max_model_len=resolved.max_model_len,
         block_size=resolved.block_size,
         decode_steps_per_dispatch=settings.scheduler.decode_steps_per_dispatch,
-        is_padding_free=ops.is_padding_free,
-        is_random_free=ops.is_random_free,
+        is_padding_free=target.ops.is_padding_free,
+        is_random_free=target.ops.is_random_free,
         most_sampling=SamplingMode[settings.device.sampling.upper()],
+        draft_counts=resolved.draft_counts,
+        has_draft_cache=draft is not None,
     )
 
 

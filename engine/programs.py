@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from quire.backends.base import Backend, Program, StepShape
 from quire.backends.memory import DeviceMemory
 from quire.engine.device_state import DeviceState, empty_row, write_row
+from quire.engine.drafting import CatchUpInput, Weights
 from quire.engine.step import ModelInput, StepConfig, make_step
 
 EVERYWHERE = PartitionSpec()
@@ -38,11 +39,20 @@ class ProgramSource:
         return "slot update" if self.shape is None else self.shape.describe()
 
 
-def step_source(config: StepConfig, shape: StepShape, params: Any, state: DeviceState, mesh: Mesh) -> ProgramSource:
+def step_source(
+    config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, mesh: Mesh
+) -> ProgramSource:
     """One shape's step for a mesh, from real or abstract parameters and state."""
-    arguments = (*abstract((params, state)), abstract_inputs(shape, mesh))
+    arguments = (*abstract((weights_of(shape, weights), state)), abstract_inputs(shape, mesh))
     out_specs = (specs_of(arguments[1]), EVERYWHERE)
     return ProgramSource(shape, spread(make_step(config, shape), arguments, out_specs, mesh), arguments, (1,))
+
+
+def weights_of(shape: StepShape, weights: Weights) -> Weights:
+    """Those that a step of this shape reads: one model's, unless it drafts."""
+    if shape.num_drafts:
+        return weights
+    return Weights(None, weights.draft) if shape.is_catch_up else Weights(weights.target)
 
 
 def slot_update_source(slots: Any, max_model_len: int, vocab_size: int, mesh: Mesh) -> ProgramSource:
@@ -91,7 +101,7 @@ def _is_named(leaf: Any) -> bool:
     return isinstance(getattr(leaf, "sharding", None), NamedSharding)
 
 
-def abstract_inputs(shape: StepShape, mesh: Mesh) -> ModelInput:
+def abstract_inputs(shape: StepShape, mesh: Mesh) -> ModelInput | CatchUpInput:
     """What the host sends for one step of this shape."""
     rows, tiles, blocks = shape.decode_rows, shape.prefill_tiles, shape.context_blocks
     sharding = everywhere(mesh)
@@ -99,13 +109,19 @@ def abstract_inputs(shape: StepShape, mesh: Mesh) -> ModelInput:
     def ints(*dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, np.int32, sharding=sharding)
 
+    def flags(*dims: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, np.bool_, sharding=sharding)
+
+    if shape.is_catch_up:
+        return CatchUpInput(ints(tiles), ints(tiles), ints(tiles), flags(tiles), ints(tiles, blocks))
     return ModelInput(
         decode_slots=ints(rows),
         decode_tables=ints(rows, blocks),
+        decode_drafts=ints(rows),
         tile_slots=ints(tiles),
         tile_starts=ints(tiles),
         tile_lens=ints(tiles),
-        tile_samples=jax.ShapeDtypeStruct((tiles,), np.bool_, sharding=sharding),
+        tile_samples=flags(tiles),
         tile_tables=ints(tiles, blocks),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from quire.engine.sampling_params import SamplingParams
 
@@ -29,25 +30,31 @@ class Request:
 
     There is no prefill phase and no decode phase: `num_computed_tokens` catches up with the request's tokens. It counts
     every token that a dispatched step computes, also before that step's result is read; `num_in_flight` counts the
-    tokens that dispatched steps will add. Owned and changed by the scheduler alone.
+    tokens that dispatched steps will add. Where they speculate, both are bounds from above until the result is in, and
+    `num_surely_in_flight` is the one from below. Owned and changed by the scheduler alone.
     """
 
     __slots__ = (
         "block_hashes",
         "block_ids",
         "cache_salt",
+        "draft_acceptance",
+        "draft_lag",
         "end_ids",
         "eos_token_ids",
         "first_scheduled_time",
+        "max_drafts",
         "max_total_tokens",
         "min_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_drafted",
         "num_hashed_blocks",
         "num_in_flight",
         "num_nulled_blocks",
         "num_preemptions",
         "num_prompt_logprobs",
+        "num_surely_in_flight",
         "order",
         "params",
         "prompt_len",
@@ -58,7 +65,9 @@ class Request:
         "token_ids",
     )
 
-    def __init__(self, source: EngineCoreRequest, *, max_model_len: int, order: tuple[float, int]) -> None:
+    def __init__(
+        self, source: EngineCoreRequest, *, max_model_len: int, order: tuple[float, int], max_drafts: int = 0
+    ) -> None:
         params = source.params
         self.source = source
         self.request_id = source.request_id
@@ -78,10 +87,19 @@ class Request:
         self.slot = -1
         self.num_computed_tokens = 0
         self.num_in_flight = 0
+        self.num_surely_in_flight = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0
         self.first_scheduled_time: float | None = None
+        # How many tokens may be drafted for it at once, and how well that went.
+        self.max_drafts = (
+            max_drafts if params.num_speculative_tokens is None else min(max_drafts, params.num_speculative_tokens)
+        )
+        self.draft_acceptance: Any = None
+        # Leading tokens that the draft model's cache has at least, and how many of the newest it lacks at most.
+        self.num_drafted = 0
+        self.draft_lag = 0
         # Owned by the KV cache manager.
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -95,9 +113,21 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens whose keys and values are still to be computed; the last token that may be generated never needs to be."""
-        num_tokens = len(self.token_ids) + self.num_in_flight
-        return num_tokens - self.num_computed_tokens if num_tokens < self.max_total_tokens else 0
+        """Tokens whose keys and values are still to be computed: 1 for a request that has caught up, whose newest token it is.
+
+        The last token that may be generated never needs to be computed, and counts all the same.
+        """
+        return self.most_tokens - self.num_computed_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens it has at most once every dispatched step is done."""
+        return min(len(self.token_ids) + self.num_in_flight, self.max_total_tokens)
+
+    @property
+    def least_tokens(self) -> int:
+        """How many tokens it has at least by then, unless one of them ends it."""
+        return len(self.token_ids) + self.num_surely_in_flight
 
     def __repr__(self) -> str:
         return (

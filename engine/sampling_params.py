@@ -100,6 +100,8 @@ class SamplingParams:
       spaces_between_special_tokens: whether special tokens that are shown have spaces between them (slow tokenizers
         only, as in transformers).
       output_kind: what each output of a request in progress carries.
+      num_speculative_tokens: the most tokens drafted at once for this request, at most as many as the engine drafts; 0 is none, None
+        leaves it to the engine. Has no influence on what is generated.
     """
 
     n: int = 1
@@ -126,6 +128,7 @@ class SamplingParams:
     logit_bias: _Converted[Mapping[int, float] | None, dict[int, float] | None] = _Converted(None)
     allowed_token_ids: _Converted[_GivenIds, tuple[int, ...] | None] = _Converted(None)
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    num_speculative_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._keep_numbers()
@@ -232,7 +235,7 @@ _FLAGS = (
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
 )
-_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "num_speculative_tokens")
 _INTEGERS = (  # name, lowest, highest
     ("n", 1, MAX_CHOICES),
     ("top_k", -1, MAX_INT32),
@@ -241,6 +244,7 @@ _INTEGERS = (  # name, lowest, highest
     ("min_tokens", 0, MAX_INT32),
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("num_speculative_tokens", 0, MAX_INT32),
 )
 _FLOATS = (
     ("presence_penalty", -2.0, 2.0),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 
 from quire.engine.admission import AdmissionPolicy, Headroom
 from quire.engine.block_pool import NULL_BLOCK
+from quire.engine.draft_scheduler import DraftScheduler
 from quire.engine.kv_cache_manager import CachedPrefix, KVCacheManager
 from quire.engine.outputs import FinishReason
 from quire.engine.request import EngineCoreRequest, Request
 from quire.engine.step_data import (
-    AdmittedRequest,
     BlockUpdate,
     DecodeRow,
+    DraftRound,
     EngineCoreOutput,
     ModelRunnerOutput,
     PrefillChunk,
@@ -23,38 +23,11 @@ from quire.engine.step_data import (
     StepLimits,
     TokenLogprobs,
 )
+from quire.engine.step_plan import SchedulerCounters, StepPlan, admitted_request
 from quire.kernels.errors import InvalidRequestError, OutOfBlocksError
 
 # Waiting requests that one step passes over because another is computing their prefix; those behind wait for the next step.
 MAX_PASSED_OVER = 32
-
-
-@dataclass
-class _Plan:
-    """A step while it is being put together."""
-
-    tokens_left: int
-    tiles_left: int
-    num_admissible: int
-    num_decode_steps: int
-    admitted: list[AdmittedRequest] = field(default_factory=list)
-    block_updates: list[BlockUpdate] = field(default_factory=list)
-    decode: list[DecodeRow] = field(default_factory=list)
-    prefill: list[PrefillChunk] = field(default_factory=list)
-    chunked: list[Request] = field(default_factory=list)
-    has_preempted: bool = False
-    num_padding_tiles: int = 0
-
-
-@dataclass
-class SchedulerCounters:
-    """Counts since the start; only ever grow."""
-
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_finished: int = 0
-    num_prompt_tokens: int = 0
-    num_generation_tokens: int = 0
 
 
 def _sort_key(request: Request) -> tuple[float, int]:
@@ -80,9 +53,13 @@ class Scheduler:
         admission: AdmissionPolicy,
         decode_steps_per_dispatch: int = 1,
         priority_seconds: float = 0.0,
+        drafts: DraftScheduler | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`priority_seconds` is how much later a request counts as arrived per unit of priority; 0 is first come, first served."""
+        """`priority_seconds` is how much later a request counts as arrived per unit of priority; 0 is first come, first served.
+
+        `drafts` decides about speculation, None for none.
+        """
         assert max_num_seqs <= limits.max_decode_rows, (max_num_seqs, limits)
         self.kv_cache = kv_cache
         self.limits = limits
@@ -94,6 +71,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
         self.waiting: list[Request] = []
+        self.drafts = drafts
         self._admission = admission
         self._headroom = Headroom(kv_cache.block_size)
         self._decode_steps_per_dispatch = decode_steps_per_dispatch
@@ -123,7 +101,10 @@ class Scheduler:
                 parameter="prompt",
             )
         order = (source.arrival_time + self._priority_seconds * source.priority, self._num_arrivals)
-        request = Request(source, max_model_len=self.max_model_len, order=order)
+        max_drafts = 0 if self.drafts is None else self.drafts.max_drafts
+        request = Request(source, max_model_len=self.max_model_len, order=order, max_drafts=max_drafts)
+        if self.drafts is not None:
+            request.draft_acceptance = self.drafts.policy.new_acceptance()
         needed, usable = self.kv_cache.num_blocks_for(request.max_total_tokens), self.kv_cache.pool.num_usable
         if needed > usable:
             raise OutOfBlocksError(
@@ -183,15 +164,9 @@ class Scheduler:
             self.kv_cache.publish_full_blocks(request)
         self._last_was_prefill = bool(plan.prefill)
         self.counters.num_steps += 1
-        return SchedulerOutput(
+        return plan.output(
             step_idx=self.counters.num_steps,
-            admitted=plan.admitted,
-            block_updates=plan.block_updates,
-            decode=plan.decode,
-            prefill=plan.prefill,
-            num_decode_steps=plan.num_decode_steps,
             padded_decode_rows=self._admission.padded_decode_rows() if plan.decode else 0,
-            num_padding_tiles=plan.num_padding_tiles,
         )
 
     def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
@@ -202,12 +177,14 @@ class Scheduler:
         """
         outputs = []
         num_rows = len(step.decode)
-        decoded = zip(step.decode, result.token_ids[:num_rows], result.logprobs[:num_rows], strict=True)
-        for row, token_ids, logprobs in decoded:
+        rounds = result.rounds or [()] * num_rows
+        decoded = zip(step.decode, result.token_ids[:num_rows], result.logprobs[:num_rows], rounds, strict=True)
+        for row, token_ids, logprobs, row_rounds in decoded:
             request = self.requests.get(row.request_id)
             if request is not None and request.order[1] == row.arrival_idx:
                 request.num_in_flight -= row.num_tokens
-                outputs.append(self._append(request, token_ids, logprobs))
+                request.num_surely_in_flight -= row.min_tokens
+                outputs.append(self._append(request, token_ids, logprobs, rounds=row_rounds))
         sampled = zip(result.token_ids[num_rows:], result.logprobs[num_rows:], strict=True)
         for chunk in step.prefill:
             token_ids, logprobs = next(sampled) if chunk.samples else ([], None)
@@ -217,6 +194,7 @@ class Scheduler:
             prompt_logprobs = self._new_prompt_logprobs(request, chunk, result)
             if chunk.samples:
                 request.num_in_flight -= 1
+                request.num_surely_in_flight -= 1
                 outputs.append(self._append(request, token_ids, logprobs, prompt_logprobs))
             elif prompt_logprobs:
                 outputs.append(self._append(request, [], None, prompt_logprobs))
@@ -224,65 +202,95 @@ class Scheduler:
 
     # ---- the parts of a step
 
-    def _new_plan(self) -> _Plan:
+    def _new_plan(self) -> StepPlan:
         num_admissible = 0
         if self.waiting and len(self.running) < self.max_num_seqs:
             num_admissible = self._admission.num_admissible(self.waiting, self.running, self._clock())
-        can_repeat = (
-            self._decode_steps_per_dispatch > 1
-            and not num_admissible
-            and all(request.num_uncomputed_tokens <= 1 for request in self.running)
-        )
-        return _Plan(
+            if num_admissible and not self._first_fits():
+                self._admission.admitted(0, True)
+                num_admissible = 0
+        # Prompts are not kept waiting by the rest of a long dispatch, nor for drafts.
+        decodes_alone = not num_admissible and all(request.num_uncomputed_tokens <= 1 for request in self.running)
+        return StepPlan(
             tokens_left=self.max_num_batched_tokens,
             tiles_left=self.limits.max_prefill_tiles,
             num_admissible=num_admissible,
-            num_decode_steps=self._decode_steps_per_dispatch if can_repeat else 1,
+            num_decode_steps=self._decode_steps_per_dispatch if decodes_alone else 1,
+            may_draft=decodes_alone or not self.limits.mixed_batches,
         )
 
-    def _wants_prefill(self, plan: _Plan) -> bool:
+    def _wants_prefill(self, plan: StepPlan) -> bool:
         return plan.num_admissible > 0 or any(request.num_uncomputed_tokens > 1 for request in self.running)
 
-    def _schedule_decodes(self, plan: _Plan) -> None:
+    def _schedule_decodes(self, plan: StepPlan) -> None:
         """One row for every request whose newest token is all that is left to compute, the first in order first.
 
         A row takes one token of the budget, however many steps the dispatch has: the budget bounds each of them.
         """
         idx = 0
         running, num_steps = self.running, plan.num_decode_steps
-        block_size, has_window = self.kv_cache.block_size, self.kv_cache.has_window
+        if self.drafts is not None:
+            decoding = [request for request in running if _can_decode(request)][: plan.tokens_left]
+            plan.num_drafts = self.drafts.begin_step(decoding, may_draft=plan.may_draft)
         while idx < len(running) and len(plan.decode) < plan.tokens_left:
             request = running[idx]
             idx += 1
-            start = request.num_computed_tokens
-            num_tokens = len(request.token_ids) + request.num_in_flight
-            if num_tokens - start != 1 or num_tokens >= request.max_total_tokens:
-                continue  # it is still catching up, or its last token is in flight
-            count = 1 if num_steps == 1 else min(num_steps, request.max_total_tokens - 1 - start)
-            if has_window:
-                self._release_out_of_window(plan, request)
-            if start + count > len(request.block_ids) * block_size and not self._grow(plan, request, start + count):
+            if not _can_decode(request):
                 continue
-            request.num_computed_tokens = start + count
-            request.num_in_flight += count
-            plan.decode.append(DecodeRow(request.request_id, request.order[1], request.slot, start, count))
+            if self.kv_cache.has_window:
+                self._release_out_of_window(plan, request)
+            num_drafts = self._make_room(plan, request, num_steps)
+            if num_drafts is None:
+                continue
+            if self.drafts is not None:
+                catch_up = self.drafts.planned(request, num_drafts, num_steps)
+                if catch_up is not None:
+                    plan.catch_up.append(catch_up)
+            # Each step brings a token at least, and every draft of it at most; the row has room for less near its end.
+            num_tokens = min(num_steps * (1 + num_drafts), request.max_total_tokens - request.least_tokens)
+            min_tokens = min(num_steps, request.max_total_tokens - request.most_tokens)
+            request.num_in_flight += num_tokens
+            request.num_surely_in_flight += min_tokens
+            end = request.num_computed_tokens = request.most_tokens - 1
+            row = DecodeRow(request.request_id, request.order[1], request.slot, end, num_tokens, min_tokens, num_drafts)
+            plan.decode.append(row)
         plan.tokens_left -= len(plan.decode)
 
-    def _grow(self, plan: _Plan, request: Request, num_tokens: int) -> bool:
+    def _make_room(self, plan: StepPlan, request: Request, num_steps: int) -> int | None:
+        """Gives a decode row the blocks that it may fill in `num_steps` steps; how many tokens may be drafted for it.
+
+        Nobody loses blocks for drafts: where they would not fit, there are none. None when the request went itself.
+        """
+        drafts = self.drafts.num_drafts_for(request) if plan.num_drafts and self.drafts is not None else 0
+        held = len(request.block_ids) * self.kv_cache.block_size
+        for num_drafts in (drafts, 0) if drafts else (0,):
+            end = min(request.most_tokens + num_steps * (1 + num_drafts), request.max_total_tokens) - 1
+            if end <= held:
+                return num_drafts
+            if num_drafts and self._extend(plan, request, end):
+                return num_drafts
+        return 0 if self._grow(plan, request, end) else None
+
+    def _extend(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
+        """Makes room for the request to hold `num_tokens`; False, and nothing done, where there are no free blocks for them."""
+        first_idx = len(request.block_ids)
+        blocks = self.kv_cache.grow(request, num_tokens)
+        if blocks is None:
+            return False
+        plan.block_updates.append(BlockUpdate(request.slot, first_idx, blocks))
+        return True
+
+    def _grow(self, plan: StepPlan, request: Request, num_tokens: int) -> bool:
         """Makes room for the request to hold `num_tokens`, preempting from the back of the order; False when it went itself."""
-        while True:
-            first_idx = len(request.block_ids)
-            blocks = self.kv_cache.grow(request, num_tokens)
-            if blocks is not None:
-                plan.block_updates.append(BlockUpdate(request.slot, first_idx, blocks))
-                return True
+        while not self._extend(plan, request, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
             plan.has_preempted = True
             if victim is request:
                 return False
+        return True
 
-    def _schedule_chunks(self, plan: _Plan) -> None:
+    def _schedule_chunks(self, plan: StepPlan) -> None:
         """The next piece of every running request that is still catching up; its blocks were given on admission."""
         for request in self.running:
             if not plan.tiles_left or plan.tokens_left <= 0:
@@ -290,7 +298,7 @@ class Scheduler:
             if request.num_uncomputed_tokens > 1:
                 self._schedule_chunk(plan, request)
 
-    def _schedule_chunk(self, plan: _Plan, request: Request) -> None:
+    def _schedule_chunk(self, plan: StepPlan, request: Request) -> None:
         tile_size = self.limits.tile_size
         start = request.num_computed_tokens
         room = min(plan.tokens_left, plan.tiles_left * tile_size)
@@ -304,6 +312,9 @@ class Scheduler:
         samples = request.num_computed_tokens == len(request.token_ids)
         if samples:
             request.num_in_flight += 1
+            request.num_surely_in_flight += 1
+            if self.drafts is not None:
+                self.drafts.sampled(request)
         plan.tokens_left -= count
         plan.tiles_left -= self.limits.num_tiles(count)
         if samples:
@@ -313,7 +324,7 @@ class Scheduler:
         plan.prefill.append(PrefillChunk(request.request_id, request.order[1], request.slot, start, count, samples))
         plan.chunked.append(request)
 
-    def _admit(self, plan: _Plan) -> None:
+    def _admit(self, plan: StepPlan) -> None:
         """Lets waiting requests in, in order, while there are slots, tiles, tokens and blocks for all they have."""
         if plan.has_preempted or not plan.num_admissible:
             return
@@ -332,17 +343,30 @@ class Scheduler:
                 num_passed += 1  # ready in a step or two: those behind it may go first, this once
                 continue
             reserved += self._headroom.growth(request)
-            needed = self.kv_cache.num_blocks_to_admit(request, prefix)
-            if self.running:  # alone, it has the whole cache to grow into
-                needed += reserved
-            if needed > self.kv_cache.pool.num_free:
+            if not self._fits(request, prefix, reserved):
                 is_blocked = True
                 break  # nobody overtakes a request that waits for blocks, or it might wait for ever
             del self.waiting[num_passed]
             self._let_in(plan, request, prefix)
         self._admission.admitted(len(plan.admitted), is_blocked)
 
-    def _let_in(self, plan: _Plan, request: Request, prefix: CachedPrefix) -> None:
+    def _fits(self, request: Request, prefix: CachedPrefix, reserved: int) -> bool:
+        """Whether there are blocks for all that a waiting request has, and `reserved` more for those that run to grow into."""
+        needed = self.kv_cache.num_blocks_to_admit(request, prefix)
+        if self.running:  # alone, it has the whole cache to grow into
+            needed += reserved
+        return needed <= self.kv_cache.pool.num_free
+
+    def _first_fits(self) -> bool:
+        """Whether the request that is to be let in next does not wait for blocks; if it does, so do all behind it."""
+        request = self.waiting[0]
+        prefix = self.kv_cache.find_prefix(request)
+        if request.num_in_flight or self.kv_cache.is_being_computed(request, prefix):
+            return True
+        reserved = self._headroom.blocks(self.running) + self._headroom.growth(request)
+        return self._fits(request, prefix, reserved)
+
+    def _let_in(self, plan: StepPlan, request: Request, prefix: CachedPrefix) -> None:
         self.kv_cache.admit(request, prefix)
         self._headroom.admitted()
         request.num_computed_tokens = prefix.num_tokens
@@ -351,11 +375,13 @@ class Scheduler:
             request.num_cached_tokens = prefix.num_tokens
             self.counters.num_prompt_tokens += request.prompt_len
         request.slot = self._free_slots.pop()
+        if self.drafts is not None:
+            self.drafts.admitted(request)
         insort(self.running, request, key=_sort_key)
-        plan.admitted.append(_admitted(request))
+        plan.admitted.append(admitted_request(request))
         self._schedule_chunk(plan, request)
 
-    def _release_out_of_window(self, plan: _Plan, request: Request) -> None:
+    def _release_out_of_window(self, plan: StepPlan, request: Request) -> None:
         first_idx, count = self.kv_cache.release_out_of_window(request)
         if count:
             plan.block_updates.append(BlockUpdate(request.slot, first_idx, [NULL_BLOCK] * count))
@@ -389,6 +415,7 @@ class Scheduler:
         token_ids: list[int],
         logprobs: list[TokenLogprobs] | None,
         prompt_logprobs: list[TokenLogprobs] | None = None,
+        rounds: Sequence[DraftRound] = (),
     ) -> EngineCoreOutput:
         """Adds sampled tokens up to the first that ends the request."""
         finish_reason: FinishReason | None = None
@@ -404,12 +431,16 @@ class Scheduler:
                 finish_reason = "length"
                 break
         self.counters.num_generation_tokens += num_new
+        if request.slot >= 0:  # fewer drafts may have been accepted than might have been
+            request.num_computed_tokens = min(request.num_computed_tokens, request.most_tokens - 1)
         # Publishing has nothing to do before another block is full, which spares most rows the call.
         if request.slot >= 0 and len(tokens) >= (request.num_hashed_blocks + 1) * self.kv_cache.block_size:
             self.kv_cache.publish_full_blocks(request)
         if finish_reason is not None:
             self._remove(request)
             self._count_finished()
+        if rounds and self.drafts is not None:
+            self.drafts.observe(request, rounds)
         if num_new < len(token_ids):
             token_ids = token_ids[:num_new]
             logprobs = logprobs[:num_new] if logprobs is not None else None
@@ -423,6 +454,7 @@ class Scheduler:
             request.num_cached_tokens,
             request.num_preemptions,
             request.first_scheduled_time,
+            rounds,
         )
 
     def _count_finished(self) -> None:
@@ -455,18 +487,9 @@ class Scheduler:
         assert _is_sorted(self.waiting)
 
 
-def _admitted(request: Request) -> AdmittedRequest:
-    return AdmittedRequest(
-        request_id=request.request_id,
-        slot=request.slot,
-        token_ids=list(request.token_ids),
-        prompt_len=request.prompt_len,
-        max_total_tokens=request.max_total_tokens,
-        params=request.params,
-        stop_ids=(*sorted(request.eos_token_ids), *sorted(request.stop_ids)),
-        bad_words=request.source.bad_words,
-        block_ids=list(request.block_ids),
-    )
+def _can_decode(request: Request) -> bool:
+    """Whether the newest token is all that is left to compute, and not surely the last that it may have."""
+    return request.num_uncomputed_tokens == 1 and request.least_tokens < request.max_total_tokens
 
 
 def _is_sorted(requests: Iterable[Request]) -> bool:

@@ -5,7 +5,8 @@ Scheduler --SchedulerOutput--> ModelRunner --ModelRunnerOutput--> Scheduler --En
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from quire.engine.outputs import FinishReason
@@ -42,16 +43,38 @@ class AdmittedRequest(NamedTuple):
     stop_ids: tuple[int, ...]
     bad_words: tuple[tuple[int, ...], ...]
     block_ids: list[int]
+    num_drafted: int = 0
+    """Leading tokens that a draft model's cache has already, in blocks that the request shares."""
 
 
 class DecodeRow(NamedTuple):
-    """A row of the decode rectangle: the request's newest token, and those sampled after it within the same dispatch."""
+    """A row of the decode rectangle: the request's newest token, its drafts, and the tokens sampled within the same dispatch.
+
+    The device knows where the newest token stands; `end` bounds from above how many tokens it will have computed. Between
+    `min_tokens` and `num_tokens` come of it, the same number unless drafts are accepted. `num_drafts` is the most that
+    may be drafted for it.
+    """
 
     request_id: str
     arrival_idx: int
     slot: int
-    start: int
+    end: int
     num_tokens: int
+    min_tokens: int
+    num_drafts: int = 0
+
+
+class CatchUp(NamedTuple):
+    """Tokens of a request that the draft model computes, so that it can draft: as many tiles, from where its cache ends.
+
+    That is known on the device; `start` bounds it from below, where the cache has tokens that another request computed.
+    `end` bounds from above how many tokens there are.
+    """
+
+    slot: int
+    start: int
+    end: int
+    num_tiles: int
 
 
 class PrefillChunk(NamedTuple):
@@ -78,8 +101,9 @@ class SchedulerOutput:
     """One step: which tokens of which requests, after which changes to slots and block tables.
 
     `num_decode_steps` tokens are sampled for every decode row within the dispatch (fewer where its `num_tokens` says so).
-    `padded_decode_rows` is the least number of decode rows to compute, and `num_padding_tiles` how many tiles beside those of
-    `prefill`: what a static batch computes in vain.
+    With `num_drafts` each of them is a round of speculation, which may bring a row more than one token; before the step
+    the draft model catches up with `catch_up`. `padded_decode_rows` is the least number of decode rows to compute, and
+    `num_padding_tiles` how many tiles beside those of `prefill`: what a static batch computes in vain.
     """
 
     step_idx: int
@@ -90,10 +114,12 @@ class SchedulerOutput:
     num_decode_steps: int = 1
     padded_decode_rows: int = 0
     num_padding_tiles: int = 0
+    num_drafts: int = 0
+    catch_up: list[CatchUp] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose keys and values the step computes."""
+        """Tokens whose keys and values the step computes and keeps, at most."""
         return sum(row.num_tokens for row in self.decode) + sum(chunk.num_tokens for chunk in self.prefill)
 
 
@@ -107,17 +133,26 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...]
 
 
+class DraftRound(NamedTuple):
+    """What came of drafting for one row once: how many tokens were proposed, and how many of them the target would have sampled too."""
+
+    num_drafts: int
+    num_accepted: int
+
+
 @dataclass(frozen=True)
 class ModelRunnerOutput:
     """What a step sampled: lists over the scheduled rows, decode rows first, then the chunks that sample, in their order.
 
-    `logprobs[i]` has one entry per token of `token_ids[i]`, or is None when the row did not ask. `prompt_logprobs` maps a request to
+    `logprobs[i]` has one entry per token of `token_ids[i]`, or is None when the row did not ask. `rounds[i]` are those of decode
+    row i, empty for a step that drafts nothing. `prompt_logprobs` maps a request to
     the entries of the prompt positions `start + 1 ...` that the step computed.
     """
 
     token_ids: list[list[int]]
     logprobs: list[list[TokenLogprobs] | None]
     prompt_logprobs: dict[str, list[TokenLogprobs]]
+    rounds: list[list[DraftRound]] = field(default_factory=list)
 
 
 class EngineCoreOutput(NamedTuple):
@@ -135,3 +170,4 @@ class EngineCoreOutput(NamedTuple):
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     first_scheduled_time: float | None = None
+    rounds: Sequence[DraftRound] = ()

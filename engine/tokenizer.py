@@ -65,6 +65,10 @@ class Tokenizer:
         """
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id by its spelling, added ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it (`Ġthe`, `▁the`, `<0xE4>`), or None outside the vocabulary."""
         return self._backend.id_to_token(token_id) if token_id >= 0 else None
@@ -135,13 +139,18 @@ class Tokenizer:
         return str(rendered)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has a tokenizer of any kind."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer in `folder`; reads no network and runs no code from the folder.
 
     Raises `InvalidConfigError` where the folder has no tokenizer, a broken one, or one only in Python.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise InvalidConfigError(
             f"no tokenizer in {folder}: expected one of {', '.join(TOKENIZER_FILES)}. "
             "Copy the tokenizer's files there (AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes them)."

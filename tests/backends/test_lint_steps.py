@@ -178,7 +178,8 @@ def test_a_step_with_an_illegal_sampler_is_found() -> None:
     def sample(logits: jax.Array, rows: Any, **_: Any) -> Any:
         return SampleOutput(jax.numpy.argmax(logits, axis=1).astype(jax.numpy.int32))
 
-    naive = replace(plan, ops=replace(plan.ops, sample=replace(plan.ops.sample, function=sample)))
+    ops = replace(plan.ops, sample=replace(plan.ops.sample, function=sample))
+    naive = replace(plan, target=replace(plan.target, ops=ops))
     (finding,) = report_of(naive, SHAPES["greedy"]).errors
     assert finding.rule.name == "variadic-reduce"
     assert finding.place.function.endswith("sample")

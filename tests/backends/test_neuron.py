@@ -256,10 +256,10 @@ def test_a_tied_embedding_is_held_twice_and_read_from_the_one_tensor(tmp_path) -
         EngineConfig.from_arguments(model="demo", dtype="float32", max_model_len=256, emulate="inf2"),
         NeuronBackend.emulated(NeuronOptions(emulate="inf2")),
     )
-    params = load_params(plan.folder, plan.model, np.float32, stacked=True)
+    params = load_params(plan.target.folder, plan.model, np.float32, stacked=True)
     np.testing.assert_array_equal(params["lm_head"], params["embed_tokens"].T)
     assert plan.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     save_params(params, plan.model, tmp_path, dtype=np.float32)
-    again = load_params(tmp_path, load_config(plan.folder), np.float32, stacked=True)
+    again = load_params(tmp_path, load_config(plan.target.folder), np.float32, stacked=True)
     np.testing.assert_array_equal(again["embed_tokens"], params["embed_tokens"])
     assert "lm_head" not in again

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quire.backends.base import ShapeLimits, StepShape
 from quire.backends.cpu import CpuBackend
+from quire.backends.shapes import with_drafts
 from quire.engine import LLM, RequestOutput, SamplingParams
 from quire.kernels.op import Choice
 from quire.kernels.ops import PALLAS_TPU, Ops
@@ -53,10 +54,11 @@ class FewShapesBackend(CpuBackend):
         rows, tiles, tile_size = limits.max_num_seqs, limits.max_prefill_tiles, self.capabilities.tile_size
         mixed_rows = rows if self.capabilities.mixed_batches else 0
         steps = sorted({1, limits.decode_steps_per_dispatch})
-        return [
+        shapes = [
             *(StepShape(rows, 0, tile_size, blocks, count, SamplingMode.FULL) for count in steps),
             StepShape(mixed_rows, tiles, tile_size, blocks, 1, SamplingMode.FULL, prompt_logprobs=True),
         ]
+        return with_drafts(shapes, limits)
 
 
 class InterpretedBackend(FewShapesBackend):

@@ -9,19 +9,23 @@ around it.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from quire.engine.admission import BatchingPolicy, make_admission_policy
+from quire.engine.draft_scheduler import MAX_DRAFT_LAG, DraftScheduler
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.outputs import FinishReason
 from quire.engine.request import EngineCoreRequest, Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduler import Scheduler
 from quire.engine.step_data import (
+    CatchUp,
     DecodeRow,
+    DraftRound,
     EngineCoreOutput,
     ModelRunnerOutput,
     PrefillChunk,
@@ -53,6 +57,7 @@ class _Slot:
     stop_ids: tuple[int, ...]
     table: list[int]
     salt: str | None
+    num_drafted: int = 0
 
     def append(self, token_id: int) -> None:
         self.tokens.append(token_id)
@@ -112,8 +117,11 @@ class FakeDevice:
         max_num_batched_tokens: int,
         max_model_len: int,
         sliding_window: int | None = None,
+        has_draft_cache: bool = False,
     ) -> None:
         self._cells: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._draft_cells: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._has_draft_cache = has_draft_cache
         self._block_size = block_size
         self._blocks_per_row = -(-max_model_len // block_size)
         self._limits = limits
@@ -122,6 +130,9 @@ class FakeDevice:
         self._slots: dict[int, _Slot] = {}
         self.salts: dict[str, str | None] = {}
         self.num_computed: Counter[str] = Counter()
+        self.speculates = False
+        self.num_ready = 0
+        self.num_caught_up = 0
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Runs a step. The order of calls is the order on the device; the result may be handed back later."""
@@ -139,17 +150,22 @@ class FakeDevice:
                 admitted.stop_ids,
                 table,
                 self.salts[admitted.request_id],
+                admitted.num_drafted,
             )
             for token_id in admitted.token_ids:
                 slot.append(token_id)
             self._slots[admitted.slot] = slot
+            self._check_drafted(slot)
         for update in step.block_updates:
             table = self._slots[update.slot].table
             assert update.first_idx + len(update.block_ids) <= len(table), update
             table[update.first_idx : update.first_idx + len(update.block_ids)] = update.block_ids
+        for row in step.catch_up:
+            self._catch_up(row)
         sampled: dict[int, list[int]] = {row.slot: [] for row in step.decode}
+        rounds: dict[int, list[DraftRound]] = {row.slot: [] for row in step.decode}
         for _ in range(step.num_decode_steps):
-            self._one_step(step, sampled)
+            self._one_step(step, sampled, rounds)
         for row in step.decode:
             self._check_advance(row, sampled[row.slot])
         rows: list[DecodeRow | PrefillChunk] = [*step.decode, *(chunk for chunk in step.prefill if chunk.samples)]
@@ -161,16 +177,25 @@ class FakeDevice:
                 for chunk in step.prefill
                 if self._slots[chunk.slot].params.prompt_logprobs is not None
             },
+            rounds=[rounds[row.slot] for row in step.decode] if step.num_drafts else [],
         )
 
-    def _one_step(self, step: SchedulerOutput, sampled: dict[int, list[int]]) -> None:
+    def _one_step(
+        self, step: SchedulerOutput, sampled: dict[int, list[int]], rounds: dict[int, list[DraftRound]]
+    ) -> None:
         """All rows write their cells before any row reads, as in every layer of a model."""
         spans: list[tuple[int, int, int]] = []
         for row in step.decode:
             slot = self._slots[row.slot]
             assert slot.request_id == row.request_id, row
             if len(slot.tokens) < slot.max_total_tokens:
-                spans.append((row.slot, len(slot.tokens) - 1, len(slot.tokens)))
+                start = len(slot.tokens) - 1
+                found = self._draft(slot, row)
+                rounds[row.slot].append(found)
+                self.num_ready += found.num_drafts > 0
+                self._write_rejected(slot, start + 1 + found.num_accepted, start + 1 + found.num_drafts)
+                sampled[row.slot] += slot.tokens[start + 1 :]
+                spans.append((row.slot, start, len(slot.tokens)))
         for chunk in step.prefill:
             slot = self._slots[chunk.slot]
             end = chunk.start + chunk.num_tokens
@@ -190,6 +215,56 @@ class FakeDevice:
                 token_id = _sample(slot.histories[-1], num_output, slot.params, slot.stop_ids)
                 slot.append(token_id)
                 sampled.setdefault(slot_idx, []).append(token_id)
+
+    def _draft(self, slot: _Slot, row: DecodeRow) -> DraftRound:
+        """Drafts for a row, some of which turn out to be what is sampled; the accepted ones are appended."""
+        num_tokens = len(slot.tokens)
+        num_drafts = min(row.num_drafts, slot.max_total_tokens - num_tokens - 1)
+        if self._has_draft_cache and num_drafts > 0:
+            lag = num_tokens - slot.num_drafted
+            assert 1 <= lag <= MAX_DRAFT_LAG, f"{slot.request_id} drafts with {lag} tokens missing"
+            self._check_drafted(slot)
+        num_accepted = slot.histories[-1] % 7 % (num_drafts + 1)
+        for _ in range(num_accepted):
+            num_output = len(slot.tokens) - slot.prompt_len
+            slot.append(_sample(slot.histories[-1], num_output, slot.params, slot.stop_ids))
+        if self._has_draft_cache and num_drafts > 0:
+            end = num_tokens + min(num_drafts - 1, num_accepted)
+            self._write_drafted(slot, slot.num_drafted, end)
+            slot.num_drafted = end
+        return DraftRound(num_drafts, num_accepted)
+
+    def _catch_up(self, row: CatchUp) -> None:
+        slot = self._slots[row.slot]
+        start = max(slot.num_drafted, row.start)
+        slot.num_drafted = start
+        self._check_drafted(slot)
+        end = max(min(len(slot.tokens) - 1, start + row.num_tiles * self._limits.tile_size), start)
+        assert end < row.end, (row, end)
+        self._write_drafted(slot, start, end)
+        slot.num_drafted = end
+        self.num_caught_up += end - start
+
+    def _write_drafted(self, slot: _Slot, start: int, end: int) -> None:
+        for position in range(start, end):
+            block, offset = slot.table[position // self._block_size], position % self._block_size
+            if block != 0:
+                self._draft_cells[block][offset] = Cell(position, slot.histories[position], slot.salt)
+
+    def _check_drafted(self, slot: _Slot) -> None:
+        """The draft model's cache has the row's first tokens, as far as it is said to, and as far as a window leaves them."""
+        first = 0 if self._sliding_window is None else max(len(slot.tokens) - self._sliding_window + 1, 0)
+        for position in range(first, slot.num_drafted):
+            block, offset = slot.table[position // self._block_size], position % self._block_size
+            wanted = Cell(position, slot.histories[position], slot.salt)
+            assert self._draft_cells[block][offset] == wanted, f"{slot.request_id} drafts from a foreign {position}"
+
+    def _write_rejected(self, slot: _Slot, start: int, end: int) -> None:
+        """Drafts that were not accepted are written all the same, to places that must be the row's own."""
+        for position in range(start, end):
+            block, offset = slot.table[position // self._block_size], position % self._block_size
+            assert block != 0, f"{slot.request_id} writes draft {position} to the null block"
+            self._cells[block][offset] = Cell(position, -1, slot.salt)
 
     def _write(self, slot_idx: int, start: int, end: int, writers: dict[tuple[int, int], int]) -> None:
         slot = self._slots[slot_idx]
@@ -212,10 +287,13 @@ class FakeDevice:
             assert writers.get((block, offset), slot_idx) == slot_idx, "a row reads what another writes in this step"
 
     def _check_advance(self, row: DecodeRow, token_ids: list[int]) -> None:
-        """The host planned as many tokens as the device went on by, from where the device stood."""
+        """The device went on by as many tokens as the host planned, and computed no more than it made room for."""
         slot = self._slots[row.slot]
-        assert len(token_ids) == row.num_tokens, (row, token_ids)
-        assert len(slot.tokens) - len(token_ids) - 1 == row.start, (row, len(slot.tokens))
+        assert row.min_tokens <= len(token_ids) <= row.num_tokens, (row, token_ids)
+        assert len(slot.tokens) - 1 <= row.end, (row, len(slot.tokens))
+        if row.num_drafts == 0 and not self.speculates:
+            assert len(token_ids) == row.num_tokens, (row, token_ids)
+            assert len(slot.tokens) - 1 == row.end, (row, len(slot.tokens))
 
     def _check_limits(self, step: SchedulerOutput) -> None:
         limits = self._limits
@@ -229,6 +307,9 @@ class FakeDevice:
         rows: list[DecodeRow | PrefillChunk] = [*step.decode, *step.prefill]
         assert len({row.slot for row in rows}) == len(rows), step
         assert all(row.num_tokens > 0 for row in rows), step
+        assert all(row.num_drafts <= step.num_drafts for row in step.decode), step
+        assert sum(row.num_tiles for row in step.catch_up) <= limits.max_prefill_tiles, step
+        self.speculates |= step.num_drafts > 0
 
     def _logprobs(self, row: DecodeRow | PrefillChunk, token_ids: list[int]) -> list[TokenLogprobs] | None:
         if self._slots[row.slot].params.logprobs is None:
@@ -260,6 +341,29 @@ class Setup:
     decode_steps_per_dispatch: int = 1
     max_in_flight: int = 1
     priority_seconds: float = 0.0
+    draft_counts: tuple[int, ...] = ()
+    """How many tokens each step drafts, one after the other; none without speculation."""
+    has_draft_cache: bool = False
+
+
+class DraftsInTurn:
+    """A policy that goes through a list of numbers, whatever comes of them."""
+
+    def __init__(self, counts: tuple[int, ...]) -> None:
+        self._counts = itertools.cycle(counts)
+
+    def new_acceptance(self) -> None:
+        return None
+
+    def choose(self, num_rows: int, rows: Sequence[None], limits: Sequence[int]) -> int:
+        assert num_rows == len(rows) == len(limits)
+        return next(self._counts)
+
+    def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+        pass
+
+    def observe_round(self, acceptance: None, num_drafts: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= num_drafts
 
 
 STEP_SECONDS = 0.01
@@ -291,13 +395,28 @@ class Simulation:
             tile_size=setup.tile_size,
             mixed_batches=setup.mixed_batches,
         )
+        # As the engine has it: a draft model goes over the newest tokens once more.
+        window = setup.sliding_window
+        if window is not None and setup.has_draft_cache:
+            window += MAX_DRAFT_LAG
+        kv_cache = KVCacheManager(
+            setup.num_blocks,
+            setup.block_size,
+            enable_prefix_caching=setup.enable_prefix_caching,
+            sliding_window=window,
+        )
+        drafts = None
+        if setup.draft_counts:
+            drafts = DraftScheduler(
+                kv_cache,
+                DraftsInTurn(setup.draft_counts),
+                max_drafts=max(setup.draft_counts),
+                has_draft_cache=setup.has_draft_cache,
+                tile_size=setup.tile_size,
+                max_tiles=setup.max_prefill_tiles,
+            )
         self.scheduler = Scheduler(
-            KVCacheManager(
-                setup.num_blocks,
-                setup.block_size,
-                enable_prefix_caching=setup.enable_prefix_caching,
-                sliding_window=setup.sliding_window,
-            ),
+            kv_cache,
             limits,
             max_num_seqs=setup.max_num_seqs,
             max_num_batched_tokens=setup.max_num_batched_tokens,
@@ -307,6 +426,7 @@ class Simulation:
             ),
             decode_steps_per_dispatch=setup.decode_steps_per_dispatch,
             priority_seconds=setup.priority_seconds,
+            drafts=drafts,
             clock=lambda: self.now,
         )
         self.device = FakeDevice(
@@ -316,6 +436,7 @@ class Simulation:
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_model_len=setup.max_model_len,
             sliding_window=setup.sliding_window,
+            has_draft_cache=setup.has_draft_cache,
         )
         self.steps: list[SchedulerOutput] = []
         self.gathered: dict[str, Gathered] = {}
@@ -388,6 +509,7 @@ def make_request(
     min_tokens: int = 0,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    num_speculative_tokens: int | None = None,
 ) -> EngineCoreRequest:
     """A request for the fake device, whose model ends sequences with token 0."""
     return EngineCoreRequest(
@@ -401,6 +523,7 @@ def make_request(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             temperature=0.0,
+            num_speculative_tokens=num_speculative_tokens,
         ),
         arrival_time=arrival_time,
         eos_token_ids=(EOS,),

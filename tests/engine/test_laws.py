@@ -98,7 +98,7 @@ def test_tokens_do_not_depend_on_the_schedule(law: str, settings: dict, alone: l
 def test_with_native_kernels_tokens_do_not_depend_on_the_schedule_in_any_dtype(settings: dict) -> None:
     """Where a sum could round differently with the batch, bfloat16 would soon give another token. Batched = alone, chunked = whole."""
     llm = tiny_engine(enable_prefix_caching=False, **settings)
-    if llm.core.runner.step_config.ops.fused_layer is None:
+    if llm.core.plan.ops.fused_layer is None:
         pytest.skip("no native kernels here")
     alone = token_ids([generate(llm, [prompt], [params])[0] for prompt, params in zip(PROMPTS, PARAMS, strict=True)])
     assert token_ids(generate(llm, PROMPTS, PARAMS)) == alone

@@ -13,6 +13,7 @@ import pytest
 from quire.bench.scheduler import decoding_scheduler, one_step
 from quire.engine import kv_cache_manager
 from quire.engine.admission import Headroom
+from quire.engine.draft_scheduler import DraftScheduler
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.request import Request
 from quire.engine.step_data import EngineCoreOutput, ModelRunnerOutput
@@ -334,11 +335,63 @@ def _release_the_window_early(patch: pytest.MonkeyPatch) -> None:
 
     def release(self: KVCacheManager, request: Request) -> tuple[int, int]:
         request.num_computed_tokens += self.block_size
+        request.num_surely_in_flight += self.block_size
         released = original(self, request)
         request.num_computed_tokens -= self.block_size
+        request.num_surely_in_flight -= self.block_size
         return released
 
     patch.setattr(KVCacheManager, "release_out_of_window", release)
+
+
+def _free_by_what_may_come_of_drafts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Request, "least_tokens", property(lambda self: self.most_tokens))
+
+
+def _publish_drafts_that_are_not_there(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCacheManager, "num_drafted", lambda self, request, at_least: len(request.token_ids) - 1)
+
+
+def _forget_to_forget_drafted_blocks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCacheManager, "_allocate", lambda self, count: self.pool.allocate(count))
+
+
+def _take_lagging_drafts_for_ready(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DraftScheduler, "_lag", lambda self, request: 1)
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        _free_by_what_may_come_of_drafts,
+        _publish_drafts_that_are_not_there,
+        _forget_to_forget_drafted_blocks,
+        _take_lagging_drafts_for_ready,
+    ],
+)
+def test_the_fake_device_objects_to_wrong_speculation(
+    sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shows that the laws of both caches can fail."""
+    monkeypatch.setattr(KVCacheManager, "check", lambda self, running: None)
+
+    def run() -> None:
+        for window in (None, 9):
+            setup = Setup(
+                num_blocks=26, sliding_window=window, draft_counts=(5, 5, 0, 0, 0, 0, 0, 0), has_draft_cache=True
+            )
+            simulation = Simulation(setup)
+            for idx in range(12):
+                prompt = [idx, *[5] * 15] if idx % 2 else [1] * 20
+                simulation.add(make_request(f"r{idx}", prompt, max_tokens=32, arrival_time=idx * 0.02))
+            simulation.run(500)
+            assert simulation.device.num_ready > 10
+            assert simulation.device.num_caught_up > 30
+
+    run()
+    sabotage(monkeypatch)
+    with pytest.raises(AssertionError):
+        run()
 
 
 @pytest.mark.parametrize(

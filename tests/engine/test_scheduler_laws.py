@@ -45,6 +45,8 @@ def setups(draw: st.DrawFn) -> Setup:
         decode_steps_per_dispatch=draw(st.integers(1, 4)),
         max_in_flight=draw(st.integers(0, 2)),
         priority_seconds=draw(st.sampled_from([0.0, 1.0])),
+        draft_counts=draw(st.sampled_from([(), (1,), (4,), (0, 3, 1), (2, 2, 2, 0, 0, 0, 0, 0), (8, 0, 0)])),
+        has_draft_cache=draw(st.booleans()),
     )
 
 
@@ -71,6 +73,7 @@ def traffics(draw: st.DrawFn) -> Traffic:
             min_tokens=draw(st.integers(0, min(max_tokens or 6, 6))),
             logprobs=draw(st.sampled_from([None, 0])),
             prompt_logprobs=draw(st.sampled_from([None, None, 0])),
+            num_speculative_tokens=draw(st.sampled_from([None, None, None, 0, 2])),
         )
         arrivals.append((arrival_step, request))
         if draw(st.integers(0, 4)) == 0:

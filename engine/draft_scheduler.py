@@ -1,0 +1,186 @@
+"""The host's half of speculation: how many tokens are drafted for which rows, and which draft model's caches have to catch up first.
+
+Knows neither the device nor where drafts come from, and nothing it decides can change a token. No jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from quire.engine.kv_cache_manager import KVCacheManager
+from quire.engine.request import Request
+from quire.engine.step_data import CatchUp, DraftRound
+
+MAX_DRAFT_LAG = 4
+"""Newest tokens of a row that its draft model takes in as it begins to draft: after a round that was accepted as a whole there are two,
+and a step without drafts adds one. What lags further behind has to catch up first."""
+
+
+class DraftPolicy(Protocol):
+    """How many tokens to draft. `quire.engine.draft_controller.DraftController` learns it."""
+
+    def new_acceptance(self) -> Any:
+        """What is remembered of a request."""
+        ...
+
+    def choose(self, num_rows: int, rows: Sequence[Any], limits: Sequence[int]) -> int:
+        """For a step of these rows; `limits[i]` is the most drafts row i may have. One of the compiled numbers."""
+        ...
+
+    def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+        """A round took so long."""
+        ...
+
+    def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
+        """A row had so many drafts verified."""
+        ...
+
+
+class FixedDrafts:
+    """Always the same number."""
+
+    def __init__(self, num_drafts: int) -> None:
+        self._num_drafts = num_drafts
+
+    def new_acceptance(self) -> None:
+        return None
+
+    def choose(self, num_rows: int, rows: Sequence[Any], limits: Sequence[int]) -> int:
+        return self._num_drafts if any(limits) else 0
+
+    def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+        pass
+
+    def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
+        pass
+
+
+@dataclass
+class DraftCounters:
+    """Counts since the start; only ever grow. Position i counts rounds whose first i + 1 drafts were accepted."""
+
+    num_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_per_pos: list[int] = field(default_factory=list)
+    num_catch_up_tokens: int = 0
+
+
+class DraftScheduler:
+    """Decides about drafts step by step; the scheduler asks."""
+
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        policy: DraftPolicy,
+        *,
+        max_drafts: int,
+        has_draft_cache: bool,
+        tile_size: int,
+        max_tiles: int,
+    ) -> None:
+        """A draft model's cache catches up in steps of at most `max_tiles` tiles."""
+        self.policy = policy
+        self.max_drafts = max_drafts
+        self.counters = DraftCounters(num_accepted_per_pos=[0] * max_drafts)
+        self.num_drafts = 0
+        """Of the step that was planned last."""
+        self._kv_cache = kv_cache
+        self._has_draft_cache = has_draft_cache
+        self._tile_size = tile_size
+        self._max_tiles = max_tiles
+        self._tiles_left = 0
+
+    def begin_step(self, requests: Sequence[Request], *, may_draft: bool) -> int:
+        """How many tokens to draft in a step whose decode rows are those of `requests`."""
+        self._tiles_left = self._max_tiles
+        self.num_drafts = 0
+        if may_draft and requests:
+            acceptances = [request.draft_acceptance for request in requests]
+            self.num_drafts = self.policy.choose(len(requests), acceptances, [r.max_drafts for r in requests])
+        return self.num_drafts
+
+    def num_drafts_for(self, request: Request) -> int:
+        """Most tokens to draft for a row of the step: fewer where it may not have as many, will end before, or cannot be made ready."""
+        if self._has_draft_cache and self._lag(request) > MAX_DRAFT_LAG and self._num_tiles(request) > self._tiles_left:
+            return 0
+        # The last token that may come is sampled, not drafted.
+        return min(self.num_drafts, request.max_drafts, max(request.max_total_tokens - request.least_tokens - 1, 0))
+
+    def admitted(self, request: Request) -> None:
+        """The request took its place; its first blocks may be others' too."""
+        request.num_drafted = 0
+        if self._has_draft_cache:
+            request.num_drafted = self._kv_cache.num_drafted(request, 0)
+        request.draft_lag = len(request.token_ids) - request.num_drafted
+
+    def planned(self, request: Request, num_drafts: int, num_steps: int) -> CatchUp | None:
+        """The request's row is part of the step, with so many drafts in each of its `num_steps` rounds. What has to be computed before.
+
+        To be called before the tokens of the step count as in flight.
+        """
+        if not self._has_draft_cache:
+            return None
+        catch_up = None
+        if self.num_drafts and request.max_drafts and self._lag(request) > MAX_DRAFT_LAG:
+            catch_up = self._catch_up(request)
+        if num_drafts:
+            assert request.draft_lag <= MAX_DRAFT_LAG, request
+            request.draft_lag = 2
+        else:
+            request.draft_lag += num_steps
+        return catch_up
+
+    def sampled(self, request: Request) -> None:
+        """A prompt's end was computed, and brings a token."""
+        request.draft_lag += 1
+
+    def _lag(self, request: Request) -> int:
+        """At most so many of the newest tokens are missing in the draft model's cache; others may have filled shared blocks meanwhile."""
+        if request.draft_lag > MAX_DRAFT_LAG:
+            start = self._kv_cache.num_drafted(request, request.num_drafted)
+            if start > request.num_drafted:
+                self._advance(request, start)
+        return request.draft_lag
+
+    def _num_tiles(self, request: Request) -> int:
+        return -(-(request.most_tokens - 1 - request.num_drafted) // self._tile_size)
+
+    def _catch_up(self, request: Request) -> CatchUp | None:
+        start, end = request.num_drafted, request.most_tokens - 1
+        num_wanted = self._num_tiles(request)
+        num_tiles = min(num_wanted, self._tiles_left)
+        if num_tiles <= 0:
+            return None
+        self._tiles_left -= num_tiles
+        # What is surely there afterwards: as far as the tiles reach, of the tokens that there surely are and that are known.
+        reached = min(request.least_tokens - 1, len(request.token_ids), start + num_tiles * self._tile_size)
+        self.counters.num_catch_up_tokens += max(reached - start, 0)
+        self._advance(request, reached)
+        if num_tiles == num_wanted:
+            request.draft_lag = 1
+        return CatchUp(request.slot, start, end + 1, num_tiles)
+
+    def observe(self, request: Request, rounds: Sequence[DraftRound]) -> None:
+        """What came of a row's rounds; its tokens are those after them."""
+        for num_drafts, num_accepted in rounds:
+            if not num_drafts:
+                continue
+            self.counters.num_rounds += 1
+            self.counters.num_draft_tokens += num_drafts
+            self.counters.num_accepted_tokens += num_accepted
+            for position in range(num_accepted):
+                self.counters.num_accepted_per_pos[position] += 1
+            self.policy.observe_round(request.draft_acceptance, num_drafts, num_accepted)
+        if self._has_draft_cache and request.slot >= 0 and rounds and rounds[-1].num_drafts:
+            num_drafts, num_accepted = rounds[-1]
+            # The draft model has read all of the row's tokens but those of the last round, and of these its own but the last.
+            before = len(request.token_ids) - num_accepted - 1
+            self._advance(request, before + min(num_drafts - 1, num_accepted))
+
+    def _advance(self, request: Request, num_drafted: int) -> None:
+        if num_drafted > request.num_drafted:
+            self._kv_cache.publish_drafted(request, request.num_drafted, num_drafted)
+            request.num_drafted = num_drafted

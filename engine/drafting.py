@@ -1,0 +1,254 @@
+"""The part of a compiled step that drafts: guesses of a row's next tokens, written after those it has, for the target to verify.
+
+R decode rows, K drafts, M blocks a row can reach, L places for tokens, P tiles of C tokens.
+
+A drafter samples with the row's own parameters and with the noise of the position that it drafts for, which is what the target will
+sample with: where both models would choose alike, they do. Nothing here can change what is emitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quire.backends.base import StepShape
+from quire.engine.device_state import DeviceState, Slots
+from quire.engine.draft_scheduler import MAX_DRAFT_LAG
+from quire.engine.passes import StepModel, places_of_tokens, sampling_rows
+from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
+from quire.kernels.sampling.reference import first_argmax
+
+
+@flax.struct.dataclass
+class Weights:
+    """The parameters of an engine."""
+
+    target: Any
+    draft: Any = None
+
+
+@flax.struct.dataclass
+class DecodeRows:
+    """The rows of a decode rectangle as the device knows them. A row that has nothing to compute is the sink's."""
+
+    slots: Any  # [R] int32
+    tables: Any  # [R, M] int32
+    num_tokens: Any  # [R] int32, the newest included
+    room: Any  # [R] int32, tokens that may still come
+    is_active: Any  # [R] bool
+
+    @classmethod
+    def of(cls, slots: Slots, slot_ids: jax.Array, tables: jax.Array) -> DecodeRows:
+        """The rows of slots `slot_ids`, which are within bounds.
+
+        A row that reached its limit within the dispatch, or after the host planned it, computes nothing more.
+        """
+        sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
+        num_tokens = jnp.clip(slots.num_tokens[slot_ids], 0, max_len)
+        room = jnp.clip(slots.max_total_tokens[slot_ids] - num_tokens, 0, max_len)
+        is_active = (room > 0) & (num_tokens > 0)
+        return cls(
+            slots=jnp.where(is_active, slot_ids, sink),
+            tables=tables,
+            num_tokens=jnp.where(is_active, num_tokens, 0),
+            room=room,
+            is_active=is_active,
+        )
+
+
+class Drafter(Protocol):
+    """Where drafts come from. Frozen and hashable: it is static for every step."""
+
+    def draft(
+        self,
+        shape: StepShape,
+        block_size: int,
+        weights: Weights,
+        state: DeviceState,
+        rows: DecodeRows,
+        limits: jax.Array,
+    ) -> tuple[DeviceState, jax.Array]:
+        """The state with drafts in each row's tokens, from `rows.num_tokens` on, and how many there are: [R] int32, at most `limits`.
+
+        `limits` [R] int32 is -1 to `shape.num_drafts`, above 0 only where the row is active.
+        """
+        ...
+
+    def accepted(self, slots: Slots, rows: DecodeRows, num_drafts: jax.Array, num_accepted: jax.Array) -> Slots:
+        """The slots, with what a drafter keeps there, after so many drafts of each row were accepted; `rows` are as before the round."""
+        ...
+
+
+@dataclass(frozen=True)
+class NgramDrafter:
+    """Drafts what followed when the row's last few tokens stood in it before: prompt lookup (Saxena 2023), on the device.
+
+    The longest run of at most `max_tokens` and at least `min_tokens` counts, of equals the latest. What would be copied from beyond the
+    row's end is what is being drafted, so that a text which repeats itself is drafted round and round.
+    """
+
+    min_tokens: int
+    max_tokens: int
+
+    def draft(
+        self,
+        shape: StepShape,
+        block_size: int,
+        weights: Weights,
+        state: DeviceState,
+        rows: DecodeRows,
+        limits: jax.Array,
+    ) -> tuple[DeviceState, jax.Array]:
+        slots = state.slots
+        tokens = slots.tokens[rows.slots]  # [R, L]
+        source, length = latest_match(tokens, rows.num_tokens, self.max_tokens)
+        num_drafts = jnp.where(length >= self.min_tokens, jnp.maximum(limits, 0), 0)
+        period = jnp.maximum(rows.num_tokens - source, 1)
+        idx = jnp.arange(shape.num_drafts, dtype=jnp.int32)[None, :]
+        places = source[:, None] + jax.lax.rem(jnp.broadcast_to(idx, (tokens.shape[0], idx.shape[1])), period[:, None])
+        drafts = jnp.take_along_axis(tokens, jnp.clip(places, 0, tokens.shape[1] - 1), axis=1)
+        sink = slots.num_tokens.shape[0] - 1
+        slot_ids = jnp.where(idx < num_drafts[:, None], rows.slots[:, None], sink)
+        ends = jnp.minimum(rows.num_tokens[:, None] + idx, tokens.shape[1] - 1)
+        slots = slots.replace(tokens=slots.tokens.at[slot_ids, ends].set(drafts, mode="promise_in_bounds"))  # type: ignore[attr-defined]
+        return state.replace(slots=slots), num_drafts  # type: ignore[attr-defined]
+
+    def accepted(self, slots: Slots, rows: DecodeRows, num_drafts: jax.Array, num_accepted: jax.Array) -> Slots:
+        return slots
+
+
+def latest_match(tokens: jax.Array, num_tokens: jax.Array, max_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Where the longest run that a row ends with stood before: tokens [R, L] int32, num_tokens [R] int32.
+
+    Returns the place after it, in [0, L), the latest of equally long ones, and its length, at most `max_tokens`, 0 where the last token is
+    new; both [R] int32.
+    """
+    num_places = tokens.shape[1]
+    assert (max_tokens + 1) * num_places < 2**24, "places are compared as float32"
+    places = jnp.arange(num_places, dtype=jnp.int32)[None, :]
+    length = jnp.zeros(tokens.shape, jnp.int32)
+    goes_on = (places > 0) & (places < num_tokens[:, None])
+    for back in range(1, max_tokens + 1):
+        last = jnp.take_along_axis(tokens, jnp.clip(num_tokens[:, None] - back, 0, num_places - 1), axis=1)
+        before = jnp.pad(tokens, ((0, 0), (back, 0)))[:, :num_places]
+        goes_on = goes_on & (places >= back) & (before == last)
+        length = length + goes_on.astype(jnp.int32)
+    score = (length * np.int32(num_places) + places).astype(jnp.float32)
+    source = first_argmax(jnp.where(length > 0, score, np.float32(-1)))  # scores differ, so the largest is one place
+    return source, jnp.take_along_axis(length, source[:, None], axis=1)[:, 0]
+
+
+@flax.struct.dataclass
+class CatchUpInput:
+    """What the host sends so that the draft model's cache catches up; where a row's begins is on the device."""
+
+    slots: Any  # [P] int32; the sink for padding
+    starts: Any  # [P] int32, leading tokens that the cache has at least
+    tile_idx: Any  # [P] int32, which of its row's tiles it is
+    is_last: Any  # [P] bool, whether it is the last of them
+    tables: Any  # [P, M] int32
+
+
+@dataclass(frozen=True)
+class ModelDrafter:
+    """Drafts with a smaller model of the same vocabulary, whose cache lies under the target's block tables."""
+
+    part: StepModel
+
+    def draft(
+        self,
+        shape: StepShape,
+        block_size: int,
+        weights: Weights,
+        state: DeviceState,
+        rows: DecodeRows,
+        limits: jax.Array,
+    ) -> tuple[DeviceState, jax.Array]:
+        slots, cache = state.slots, state.draft_cache
+        num_drafted = jnp.clip(slots.num_drafted[rows.slots], 0, rows.num_tokens)
+        lag = rows.num_tokens - num_drafted  # never 0 for an active row: its newest token is new to both models
+        num_drafts = jnp.where((lag > 0) & (lag <= MAX_DRAFT_LAG), jnp.maximum(limits, 0), 0)
+        start = num_drafted
+        for idx in range(shape.num_drafts):
+            drafts_now = idx < num_drafts
+            width = MAX_DRAFT_LAG if idx == 0 else 1
+            query_lens = jnp.where(drafts_now, lag if idx == 0 else 1, 0)
+            hidden, cache = self._run(
+                slots, cache, weights, rows.slots, rows.tables, start, query_lens, width, block_size
+            )
+            last = jnp.arange(rows.slots.shape[0], dtype=jnp.int32) * width + jnp.maximum(query_lens - 1, 0)
+            start = rows.num_tokens + idx
+            slot_ids = jnp.where(drafts_now, rows.slots, slots.num_tokens.shape[0] - 1)
+            sampled = self.part.sample(
+                weights.draft,
+                hidden[last],
+                sampling_rows(slots, slot_ids, jnp.where(drafts_now, start, 0), shape.sampling),
+                shape.sampling,
+                num_logprobs=0,
+            )
+            end = jnp.minimum(jnp.where(drafts_now, start, 0), slots.tokens.shape[1] - 1)
+            tokens = slots.tokens.at[slot_ids, end].set(sampled.token_ids, mode="promise_in_bounds")
+            slots = slots.replace(tokens=tokens)  # type: ignore[attr-defined]
+        return state.replace(slots=slots, draft_cache=cache), num_drafts  # type: ignore[attr-defined]
+
+    def accepted(self, slots: Slots, rows: DecodeRows, num_drafts: jax.Array, num_accepted: jax.Array) -> Slots:
+        """The slots after a round: of the accepted drafts the cache has all but the last that was made, which no pass has read."""
+        num_drafted = rows.num_tokens + jnp.minimum(num_drafts - 1, num_accepted)
+        sink = slots.num_tokens.shape[0] - 1
+        slot_ids = jnp.where(num_drafts > 0, rows.slots, sink)
+        counted: Slots = slots.replace(  # type: ignore[attr-defined]
+            num_drafted=slots.num_drafted.at[slot_ids].set(
+                jnp.where(num_drafts > 0, num_drafted, 0), mode="promise_in_bounds"
+            )
+        )
+        return counted
+
+    def catch_up(
+        self, shape: StepShape, block_size: int, weights: Weights, state: DeviceState, inputs: CatchUpInput
+    ) -> DeviceState:
+        """The state with up to C more tokens per tile in the draft model's cache; a row's newest token is left to its next draft."""
+        slots, tile_size = state.slots, shape.tile_size
+        sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
+        slot_ids = jnp.clip(inputs.slots, 0, sink)
+        num_known = jnp.clip(slots.num_tokens[slot_ids] - 1, 0, max_len)
+        begin = jnp.maximum(slots.num_drafted[slot_ids], jnp.clip(inputs.starts, 0, max_len))
+        start = jnp.clip(begin + jnp.clip(inputs.tile_idx, 0, shape.prefill_tiles) * tile_size, 0, max_len)
+        lens = jnp.clip(num_known - start, 0, tile_size)
+        _, cache = self._run(
+            slots, state.draft_cache, weights, slot_ids, inputs.tables, start, lens, tile_size, block_size
+        )
+        counted = jnp.where(inputs.is_last, slot_ids, sink)
+        ends = jnp.where(counted == sink, 0, jnp.maximum(begin, jnp.minimum(num_known, start + tile_size)))
+        slots = slots.replace(  # type: ignore[attr-defined]
+            num_drafted=slots.num_drafted.at[counted].set(ends, mode="promise_in_bounds")
+        )
+        return state.replace(slots=slots, draft_cache=cache)  # type: ignore[attr-defined, no-any-return]
+
+    def _run(
+        self,
+        slots: Slots,
+        cache: Any,
+        weights: Weights,
+        slot_ids: jax.Array,
+        tables: jax.Array,
+        start: jax.Array,
+        query_lens: jax.Array,
+        width: int,
+        block_size: int,
+    ) -> tuple[jax.Array, Any]:
+        """One pass over `query_lens` tokens of each row, from `start` on, laid out as [rows, width]."""
+        max_len = slots.tokens.shape[1]
+        offsets = jnp.arange(width, dtype=jnp.int32)[None, :]
+        positions = jnp.clip(start[:, None] + offsets, 0, max_len - 1)
+        places = places_of_tokens(tables, positions, offsets < query_lens[:, None], block_size)
+        seq_lens = jnp.where(query_lens > 0, start + query_lens, 0)
+        rectangle = RowsOfTokens(tables, seq_lens, query_lens, width=width)
+        token_ids = slots.tokens[slot_ids[:, None], positions]
+        return self.part.run(
+            weights.draft, token_ids.reshape(-1), positions.reshape(-1), cache, StepPlaces(*places, [rectangle])
+        )
