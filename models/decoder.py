@@ -9,7 +9,7 @@ caller's `attend`, which also owns the KV cache (any pytree, passed through unse
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,17 @@ RunLayer = Callable[[Layer, Array, tuple[Array, Array], KVCache, LayerInfo], tup
 """A whole layer in one op: (layer, x [T, D], cos and sin [T, R/2], kv_cache, layer info) -> (x [T, D], kv_cache)."""
 
 
+class ForwardOutput(NamedTuple):
+    """What `forward` gives."""
+
+    hidden: Array
+    """[T, D], after the final norm."""
+    kv_cache: KVCache
+    """As `attend` left it."""
+    captured: Array | None
+    """[T, n * D]: the hidden states that entered the n captured layers, side by side; None where n is 0."""
+
+
 def forward(
     params: Params,
     config: ModelConfig,
@@ -63,22 +74,31 @@ def forward(
     run_layer: RunLayer | None = None,
     parallel: Parallel = ALONE,
     run_experts: RunExperts = experts_reference.run_experts,
-) -> tuple[Array, KVCache]:
+    captured_layers: tuple[int, ...] = (),
+) -> ForwardOutput:
     """Runs every layer. token_ids and positions are int32 [T]; ids out of range are clipped.
 
-    Returns the hidden states after the final norm, [T, D] in the parameters' dtype, and the cache as `attend` left it.
-    Layers given as a tuple run as an unrolled loop, stacked ones as one scan with the cache in its carry. With `run_layer`,
-    which needs a tuple, that op takes the place of the composition of a layer here, `attend` included. Under `parallel` the
-    parameters, the cache and what `attend` is called with are one device's part; hidden states are whole.
+    Hidden states are in the parameters' dtype. `captured_layers` are those whose input comes back beside the result: the
+    residual stream before layer i, i from 0 to L, where L is what leaves the last layer, before the final norm. They may
+    stand in any order. Layers given as a tuple run as an unrolled loop, stacked ones as one scan with the cache in its
+    carry. With `run_layer`, which needs a tuple, that op takes the place of the composition of a layer here, `attend`
+    included. Under `parallel` the parameters, the cache and what `attend` is called with are one device's part; hidden
+    states are whole.
     """
-    x = _embed(params["embed_tokens"], config, token_ids, params["norm"].dtype, parallel)
+    assert all(0 <= i <= config.num_layers for i in captured_layers), f"{captured_layers} of {config.num_layers} layers"
+    x = embed(params["embed_tokens"], config, token_ids, params["norm"].dtype, parallel)
     tables = rope_tables(config, positions)
-    if isinstance(params["layers"], tuple):
-        x, kv_cache = _unrolled(params["layers"], config, x, tables, kv_cache, attend, run_layer, parallel, run_experts)
+    layers, wanted = params["layers"], frozenset(captured_layers)
+    if isinstance(layers, tuple):
+        x, kv_cache, entered = _unrolled(
+            layers, config, x, tables, kv_cache, attend, run_layer, parallel, run_experts, wanted
+        )
     else:
         assert run_layer is None, "stacked layers are scanned, not fused"
-        x, kv_cache = _scanned(params["layers"], config, x, tables, kv_cache, attend, parallel, run_experts)
-    return _norm(x, params["norm"], config), kv_cache
+        x, kv_cache, entered = _scanned(layers, config, x, tables, kv_cache, attend, parallel, run_experts, wanted)
+    entered[config.num_layers] = x
+    captured = jnp.concatenate([entered[i] for i in captured_layers], axis=-1) if captured_layers else None
+    return ForwardOutput(norm(x, params["norm"], config), kv_cache, captured)
 
 
 def layer_spec(config: ModelConfig, sliding_window: int | None) -> LayerSpec:
@@ -122,7 +142,11 @@ def logits_of_part(params: Params, config: ModelConfig, hidden: Array) -> Array:
     return soft_cap(logits, config.final_soft_cap)
 
 
-def _embed(table: Array | Weight, config: ModelConfig, token_ids: Array, dtype: jnp.dtype, parallel: Parallel) -> Array:
+def embed(table: Array | Weight, config: ModelConfig, token_ids: Array, dtype: jnp.dtype, parallel: Parallel) -> Array:
+    """Rows [T, D] of the embedding `table` [V, D] for token_ids int32 [T], clipped to [0, V), times `config.embedding_scale`.
+
+    `dtype` is that of the rows where the table is not an array but in a form of the linear op.
+    """
     num_rows = -(-config.vocab_size // parallel.size)  # of the table, on this device
     ids = jnp.clip(token_ids, 0, config.vocab_size - 1) - parallel.offset(num_rows)
     if isinstance(table, Array):
@@ -147,8 +171,12 @@ def _unrolled(
     run_layer: RunLayer | None,
     parallel: Parallel,
     run_experts: RunExperts,
-) -> tuple[Array, KVCache]:
+    wanted: frozenset[int],
+) -> tuple[Array, KVCache, dict[int, Array]]:
+    entered = {}
     for layer_idx, layer in enumerate(layers):
+        if layer_idx in wanted:
+            entered[layer_idx] = x
         rope_idx = config.rope_indices[layer_idx]
         rope = (tables[0][rope_idx], tables[1][rope_idx])
         info = LayerInfo(layer_idx, config.sliding_windows[layer_idx])
@@ -156,7 +184,7 @@ def _unrolled(
             x, kv_cache = _layer(layer, config, x, rope, kv_cache, attend, info, parallel, run_experts)
         else:
             x, kv_cache = run_layer(layer, x, rope, kv_cache, info)
-    return x, kv_cache
+    return x, kv_cache, entered
 
 
 def _scanned(
@@ -168,7 +196,8 @@ def _scanned(
     attend: Attend,
     parallel: Parallel,
     run_experts: RunExperts,
-) -> tuple[Array, KVCache]:
+    wanted: frozenset[int],
+) -> tuple[Array, KVCache, dict[int, Array]]:
     # What is the same for all layers stays static, so that a model without windows compiles no window.
     one_window = len(set(config.sliding_windows)) == 1
     one_rope = len(set(config.rope_indices)) == 1
@@ -176,17 +205,23 @@ def _scanned(
     ropes = np.asarray(config.rope_indices, np.int32)
     layer_indices = np.arange(config.num_layers, dtype=np.int32)
 
-    def body(carry: tuple[Array, KVCache], xs: tuple[Any, ...]) -> tuple[tuple[Array, KVCache], None]:
-        x, kv_cache = carry
+    Carry = tuple[Array, KVCache, dict[int, Array]]
+
+    def body(carry: Carry, xs: tuple[Any, ...]) -> tuple[Carry, None]:
+        x, kv_cache, entered = carry
         layer, layer_idx, window, rope = xs
+        # Chosen by the index: every layer's hidden states would be L times what is wanted.
+        entered = {i: jnp.where(layer_idx == i, x, kept) for i, kept in entered.items()}
         info = LayerInfo(layer_idx, config.sliding_windows[0] if one_window else window)
         rope_idx = config.rope_indices[0] if one_rope else rope
         cos, sin = (jax.lax.dynamic_index_in_dim(table, rope_idx, 0, keepdims=False) for table in tables)
-        return _layer(layer, config, x, (cos, sin), kv_cache, attend, info, parallel, run_experts), None
+        x, kv_cache = _layer(layer, config, x, (cos, sin), kv_cache, attend, info, parallel, run_experts)
+        return (x, kv_cache, entered), None
 
     xs = (layers, jnp.asarray(layer_indices), jnp.asarray(windows), jnp.asarray(ropes))
-    (x, kv_cache), _ = jax.lax.scan(body, (x, kv_cache), xs)
-    return x, kv_cache
+    entered = {i: x for i in sorted(wanted) if i < config.num_layers}
+    carry, _ = jax.lax.scan(body, (x, kv_cache, entered), xs)
+    return carry
 
 
 def _layer(
@@ -200,24 +235,22 @@ def _layer(
     parallel: Parallel,
     run_experts: RunExperts,
 ) -> tuple[Array, KVCache]:
-    h, kv_cache = _attention(
-        layer, config, _norm(x, layer["input_norm"], config), rope, kv_cache, attend, info, parallel
-    )
+    h, kv_cache = attention(layer, config, norm(x, layer["input_norm"], config), rope, kv_cache, attend, info, parallel)
     if config.post_norms:
-        h = _norm(h, layer["post_attention_norm"], config)
+        h = norm(h, layer["post_attention_norm"], config)
     x = x + h
-    h = _norm(x, layer["pre_mlp_norm"], config)
+    h = norm(x, layer["pre_mlp_norm"], config)
     if config.moe is not None:
         h = moe_mlp(h, layer, config.moe, config.activation, run_experts, parallel)
     else:
         h = gated_mlp(h, layer, config.activation, parallel)
     if config.post_norms:
-        h = _norm(h, layer["post_mlp_norm"], config)
+        h = norm(h, layer["post_mlp_norm"], config)
     return x + h, kv_cache
 
 
-def _attention(
-    layer: Mapping[str, Array],
+def attention(
+    layer: Mapping[str, Any],
     config: ModelConfig,
     x: Array,
     rope: tuple[Array, Array],
@@ -226,16 +259,32 @@ def _attention(
     info: LayerInfo,
     parallel: Parallel,
 ) -> tuple[Array, KVCache]:
-    num_tokens, head_dim = x.shape[0], config.head_dim
-    q = linear(x, layer["q_proj"], layer.get("q_bias")).reshape(num_tokens, -1, head_dim)  # [T, N, H]
-    k = linear(x, layer["k_proj"], layer.get("k_bias")).reshape(num_tokens, -1, head_dim)  # [T, K, H]
-    v = linear(x, layer["v_proj"], layer.get("v_bias")).reshape(num_tokens, -1, head_dim)
+    """A layer's attention to x [T, I], normed already: [T, D], and the cache as `attend` left it.
+
+    I is what the layer's projections take; `rope` is the layer's cosines and sines, [T, R/2].
+    """
+    num_tokens = x.shape[0]
+    q = linear(x, layer["q_proj"], layer.get("q_bias")).reshape(num_tokens, -1, config.head_dim)  # [T, N, H]
     if config.qk_norm:
-        q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
-    q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q = norm(q, layer["q_norm"], config)
+    q = apply_rope(q, *rope)
+    k, v = keys_values(layer, config, x, rope)
     out, kv_cache = attend(q, k, v, kv_cache, info)
     return linear_of_parts(out.reshape(num_tokens, -1), layer["o_proj"], layer.get("o_bias"), parallel), kv_cache
 
 
-def _norm(x: Array, weight: Array, config: ModelConfig) -> Array:
+def keys_values(
+    layer: Mapping[str, Any], config: ModelConfig, x: Array, rope: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """A layer's keys, rotated, and values for x [T, I], normed already: two [T, K, H]."""
+    num_tokens = x.shape[0]
+    k = linear(x, layer["k_proj"], layer.get("k_bias")).reshape(num_tokens, -1, config.head_dim)  # [T, K, H]
+    v = linear(x, layer["v_proj"], layer.get("v_bias")).reshape(num_tokens, -1, config.head_dim)
+    if config.qk_norm:
+        k = norm(k, layer["k_norm"], config)
+    return apply_rope(k, *rope), v
+
+
+def norm(x: Array, weight: Array, config: ModelConfig) -> Array:
+    """The RMS norm of the model over the last axis of x [..., D]."""
     return rms_norm(x, weight, eps=config.norm_eps, unit_offset=config.norm_unit_offset)

@@ -48,7 +48,7 @@ def log_probs(params: Params, config: ModelConfig, ids: jax.Array) -> jax.Array:
     """Log-probabilities of the next token, [B * S, V] float32, for rows `ids` [B, S] int32."""
     num_rows, length = ids.shape
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), num_rows)
-    hidden, _ = forward(
+    hidden, _, _ = forward(
         params, config, ids.reshape(-1), positions, None, dense_attend(num_rows, config.attention_scale)
     )
     return jax.nn.log_softmax(compute_logits(params, config, hidden), axis=-1)

@@ -149,7 +149,7 @@ class TinyModel:
         rectangles = [RowsOfTokens(*arrays, width=width) for width, arrays in zip(widths, lens, strict=True)]
         places = StepPlaces(blocks, offsets, rectangles)
         run_layer = None if self._instruction_set is None else partial(self._run_layer, places)
-        return forward(params, self.config, ids, positions, caches, partial(self._attend, places), run_layer)
+        return forward(params, self.config, ids, positions, caches, partial(self._attend, places), run_layer)[:2]
 
     def _run_layer(self, places: StepPlaces, layer, x, rope, caches, info: LayerInfo):
         spec = layer_spec(self.config, info.sliding_window)

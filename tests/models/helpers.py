@@ -47,7 +47,7 @@ def all_logprobs(params: Params, config: ModelConfig, token_ids: np.ndarray) -> 
 def _compiled(config: ModelConfig) -> Callable[[Params, Array], Array]:
     def run(params: Params, token_ids: Array) -> Array:
         positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-        hidden, _ = forward(params, config, token_ids, positions, None, dense_attend(config))
+        hidden, _, _ = forward(params, config, token_ids, positions, None, dense_attend(config))
         return jax.nn.log_softmax(compute_logits(params, config, hidden), axis=-1)
 
     return quick_jit(run)

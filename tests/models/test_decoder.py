@@ -136,7 +136,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
     @jax.grad
     def gradients(params: Params) -> Array:
         positions = jnp.arange(9, dtype=jnp.int32)
-        hidden, _ = forward(params, config, ids, positions, None, dense_attend(config))
+        hidden, _, _ = forward(params, config, ids, positions, None, dense_attend(config))
         return jnp.mean(jnp.square(compute_logits(params, config, hidden)))
 
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients(params_of(name, stacked=True))):
@@ -151,7 +151,7 @@ def test_the_program_holds_nothing_that_neuron_lacks(name: str, stacked: bool) -
     ids = jax.ShapeDtypeStruct((5,), jnp.int32)
 
     def run(params: Params, ids: Array) -> Array:
-        hidden, _ = forward(params, config, ids, ids, None, dense_attend(config))
+        hidden, _, _ = forward(params, config, ids, ids, None, dense_attend(config))
         return compute_logits(params, config, hidden)
 
     program = jax.jit(run).lower(abstract_params(config, jnp.bfloat16, stacked=stacked), ids)

@@ -93,7 +93,7 @@ def _logits_function(name: str) -> Any:
     @jax.jit
     def logits(token_ids: jax.Array) -> jax.Array:
         positions = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-        hidden, _ = forward(params, config, token_ids, positions, None, attend)
+        hidden, _, _ = forward(params, config, token_ids, positions, None, attend)
         return compute_logits(params, config, hidden)
 
     return logits
