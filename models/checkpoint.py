@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,10 @@ def load_params(
     `progress(done, total)` is called when a tensor was read for the first time. Raises CheckpointError naming all
     tensors that are missing, left over or misshapen.
     """
-    with _TensorFiles(Path(folder)) as files:
-        _check(files, config)
+    with TensorFiles(Path(folder)) as files:
+        expected = {hf_name: parts[0][0].hf_shape for hf_name, parts in _sources(config).items()}
+        is_tied = config.tie_word_embeddings
+        check_tensors(files, expected, config.architecture, needless=("lm_head.weight",) if is_tied else ())
         total = sum(_num_reads(spec, config) for spec in param_specs(config).values())
         seen: set[str] = set()
 
@@ -101,11 +103,11 @@ class StoredTensor:
 
     def __init__(
         self,
-        files: _TensorFiles,
+        files: TensorFiles,
         spec: ParamSpec,
         layer: int | None,
         dtype: np.dtype,
-        note: Callable[[str, ParamSpec], None],
+        note: Callable[[str, ParamSpec], None] | None = None,
     ) -> None:
         self._files, self._spec, self._layer, self._note = files, spec, layer, note
         self.shape = spec.shape if layer is None else spec.layer_shape
@@ -140,7 +142,8 @@ class StoredTensor:
         if spec.rows is not None:  # a part of a fused tensor
             bounds[0] = range(bounds[0].start + spec.rows[0], bounds[0].stop + spec.rows[0])
         tensor = self._files.read(hf_name, tuple(slice(part.start, part.stop) for part in bounds))
-        self._note(hf_name, spec)
+        if self._note is not None:
+            self._note(hf_name, spec)
         tensor = tensor if tensor.dtype == self.dtype else tensor.astype(self.dtype)
         return tensor.T if spec.transpose else tensor
 
@@ -170,7 +173,7 @@ def save_params(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class _TensorFiles:
+class TensorFiles:
     """The tensors of a folder by name, whichever files they are in. Opens each file once; closes them on exit."""
 
     def __init__(self, folder: Path) -> None:
@@ -185,16 +188,18 @@ class _TensorFiles:
                 raise CheckpointError(f"{folder / file} cannot be read: {error}; download it again") from error
             self._opened |= dict.fromkeys(opened.keys(), opened)
 
-    def __enter__(self) -> _TensorFiles:
+    def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor in the files."""
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._opened.items()}
 
     def dtype(self, name: str) -> str:
+        """As safetensors calls it: "F32", "BF16", "I64"."""
         return str(self._opened[name].get_slice(name).get_dtype())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -218,14 +223,18 @@ def _file_names(folder: Path) -> list[str]:
     raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
-def _check(files: _TensorFiles, config: ModelConfig) -> None:
-    """Compares all names, shapes and dtypes with the table before anything is read."""
-    expected = {hf_name: parts[0][0].hf_shape for hf_name, parts in _sources(config).items()}
+def check_tensors(
+    files: TensorFiles, expected: Mapping[str, tuple[int, ...]], architecture: str, needless: Collection[str]
+) -> None:
+    """Compares all names, shapes and dtypes with what is expected before anything is read.
+
+    `needless` are tensors that may be there and are not used. Raises CheckpointError naming all that is wrong.
+    """
     shapes = files.shapes()
     problems = []
     if missing := [name for name in expected if name not in shapes]:
         problems.append(f"missing: {_listed(missing)}")
-    if extra := [name for name in shapes if name not in expected and not _is_needless(name, config)]:
+    if extra := [n for n in shapes if n not in expected and n not in needless and not _NEEDLESS.fullmatch(n)]:
         problems.append(f"left over: {_listed(extra)}")
     if misshapen := [
         f"{name} is {list(shapes[name])}, expected {list(shape)}"
@@ -237,13 +246,9 @@ def _check(files: _TensorFiles, config: ModelConfig) -> None:
         problems.append(f"not one of {', '.join(_FLOATS)}: {_listed(odd)}")
     if problems:
         raise CheckpointError(
-            f"the tensors in {files.folder} are not those of a {config.architecture} with this config.json; "
+            f"the tensors in {files.folder} are not those of a {architecture} with this config.json; "
             + "; ".join(problems)
         )
-
-
-def _is_needless(name: str, config: ModelConfig) -> bool:
-    return _NEEDLESS.fullmatch(name) is not None or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
 def _listed(names: list[str]) -> str:

@@ -256,20 +256,21 @@ def init_params(config: ModelConfig, seed: int, dtype: Any, *, stacked: bool, pl
 
     def make(spec: ParamSpec, layer: int | None) -> Any:
         if spec.name == "lm_head" and config.tie_word_embeddings:
-            return place(spec, _draw(specs["embed_tokens"], seed, 0, dtype).T)
+            return place(spec, draw(specs["embed_tokens"], seed, 0, dtype).T)
         if not spec.is_per_layer:
-            return place(spec, _draw(spec, seed, 0, dtype))
+            return place(spec, draw(spec, seed, 0, dtype))
         if layer is not None:
-            return place(spec, _draw(spec, seed, layer, dtype))
+            return place(spec, draw(spec, seed, layer, dtype))
         whole = np.empty(spec.shape, dtype)
         for idx in range(config.num_layers):
-            whole[idx] = _draw(spec, seed, idx, dtype)
+            whole[idx] = draw(spec, seed, idx, dtype)
         return place(spec, whole)
 
     return build_params(config, make, stacked=stacked)
 
 
-def _draw(spec: ParamSpec, seed: int, layer: int, dtype: Any) -> np.ndarray:
+def draw(spec: ParamSpec, seed: int, layer: int, dtype: Any) -> np.ndarray:
+    """One layer's random value of a parameter, or the constant it begins as; from (seed, name, layer) alone."""
     if spec.init_std == 0:
         return np.full(spec.layer_shape, spec.init_constant, dtype)
     generator = np.random.default_rng([seed, zlib.crc32(spec.name.encode()), layer])

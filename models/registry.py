@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from quire.kernels.errors import ModelError, UnsupportedModelError
 from quire.models.config import ModelConfig, MoeConfig, RopeConfig
@@ -32,17 +32,40 @@ def load_config(folder: str | Path, max_model_len: int | None = None) -> ModelCo
     Raises UnsupportedModelError for what is not implemented, ModelError for a file that is absent or unreadable.
     """
     folder = Path(folder)
-    raw = _read_json(folder / "config.json")
+    raw = read_config(folder)
     architecture = _architecture(raw, folder)
+    return _make_config(
+        folder, raw, architecture, lambda: AutoConfig.from_pretrained(folder, local_files_only=True), max_model_len
+    )
+
+
+def make_llama_config(folder: Path, raw: Fields, architecture: str, max_model_len: int | None = None) -> ModelConfig:
+    """The config of what is built as Llama is, whatever its architecture is called, from the content of its config.json.
+
+    Raises as `load_config` does.
+    """
+    return _make_config(folder, raw, architecture, lambda: LlamaConfig.from_dict(raw), max_model_len)
+
+
+def read_config(folder: Path) -> Fields:
+    """The content of a folder's config.json. Raises ModelError as `load_config` does; also where the weights are quantized."""
+    raw = _read_json(folder / "config.json")
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"{folder} is quantized (quantization_config, method {method!r}), which is not supported; "
             f"use the checkpoint in one of {', '.join(_DTYPES)}"
         )
+    return raw
+
+
+def _make_config(
+    folder: Path, raw: Fields, architecture: str, parse: Callable[[], Any], max_model_len: int | None
+) -> ModelConfig:
+    family = _FAMILIES.get(architecture, _llama)
     try:
-        hf = AutoConfig.from_pretrained(folder, local_files_only=True)
-        fields = _common(hf) | _FAMILIES[architecture](hf) | {"architecture": architecture}
+        hf = parse()
+        fields = _common(hf) | family(hf) | {"architecture": architecture}
         fields |= _rope_fields(hf, fields, max_model_len)
         fields |= {"dtype": _dtype(raw), "eos_token_ids": _eos_token_ids(folder, raw, hf)}
         return ModelConfig(**fields)

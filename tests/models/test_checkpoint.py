@@ -118,7 +118,7 @@ def test_a_part_of_a_parameter_is_read_without_the_rest(name: str, stacked: bool
     """What a device's part is read with: fused, transposed, stacked and experts' tensors among them."""
     folder = make_checkpoint(name, tmp_path, seed=6)
     rng = np.random.default_rng(0)
-    read = checkpoint._TensorFiles.read
+    read = checkpoint.TensorFiles.read
     num_read = 0
 
     def counted(files, hf_name, index):
@@ -127,7 +127,7 @@ def test_a_part_of_a_parameter_is_read_without_the_rest(name: str, stacked: bool
         num_read += part.size
         return part
 
-    monkeypatch.setattr(checkpoint._TensorFiles, "read", counted)
+    monkeypatch.setattr(checkpoint.TensorFiles, "read", counted)
 
     def place(_, tensor):
         nonlocal num_read
