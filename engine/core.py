@@ -71,6 +71,7 @@ class EngineCore:
         self._dead: BaseException | None = None
         self.seconds = StepSeconds()
         self._idle = IdleClock()
+        self._last_done = 0.0
         warm_up_seconds = self.runner.warm_up(lambda done, total, what: progress("compile", done, total, what))
         self.ready_seconds = time.perf_counter() - begin
         logger.info("ready after %.1f s, %.1f s of it compiling", self.ready_seconds, warm_up_seconds)
@@ -122,10 +123,19 @@ class EngineCore:
         dispatched = self._in_flight.popleft()
         with self.seconds.measure("wait"):
             self.runner.wait(dispatched)
+        self._observe_seconds(dispatched)
         if not self._in_flight:
             self._idle.drained()
         with self.seconds.measure("update"):
             return self.scheduler.update_from_output(dispatched.step, self.runner.read(dispatched))
+
+    def _observe_seconds(self, dispatched: Dispatched) -> None:
+        """Tells speculation what the step cost: from the end of the one before, or from its launch where the device was idle."""
+        done = time.perf_counter()
+        begin = max(self._last_done, dispatched.launched_at)
+        self._last_done = done
+        if self.scheduler.drafts is not None and not dispatched.step.prefill:
+            self.scheduler.drafts.observe_step(dispatched.step, done - begin)
 
     def configure(self, changes: Mapping[str, object]) -> LiveSettings:
         """Changes scheduler settings while serving; requests already queued keep their place. Returns what holds now.

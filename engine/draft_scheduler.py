@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.request import Request
-from quire.engine.step_data import CatchUp, DraftRound
+from quire.engine.step_data import CatchUp, DraftRound, SchedulerOutput
 
 MAX_DRAFT_LAG = 4
 """Newest tokens of a row that its draft model takes in as it begins to draft: after a round that was accepted as a whole there are two,
@@ -162,6 +162,10 @@ class DraftScheduler:
         if num_tiles == num_wanted:
             request.draft_lag = 1
         return CatchUp(request.slot, start, end + 1, num_tiles)
+
+    def observe_step(self, step: SchedulerOutput, seconds: float) -> None:
+        """A step of decode rows took so long, catching up included."""
+        self.policy.observe_step(len(step.decode), step.num_drafts, seconds / step.num_decode_steps)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound]) -> None:
         """What came of a row's rounds; its tokens are those after them."""

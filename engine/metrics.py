@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from quire.engine.draft_scheduler import DraftCounters
 from quire.engine.model_runner import ModelRunner
 from quire.engine.scheduler import Scheduler
 
@@ -61,6 +62,8 @@ class EngineStats:
     num_requests_waiting: int
     kv_cache_usage: float
     kv_wasted_tokens: int
+    num_speculative_tokens: int
+    """Drafts per row in the step that was scheduled last; 0 without speculation."""
 
     num_steps: int
     num_finished: int
@@ -79,16 +82,25 @@ class EngineStats:
     wait_seconds: float
     update_seconds: float
     idle_seconds: float
+    num_draft_rounds: int
+    """Times that drafts of a row were verified."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_accepted_per_pos: tuple[int, ...]
+    """How often the draft of each position was accepted, up to the most that are drafted; empty without speculation."""
 
     @classmethod
     def read(cls, scheduler: Scheduler, runner: ModelRunner, seconds: StepSeconds, idle: IdleClock) -> EngineStats:
         """Reads everything now; takes microseconds per running request."""
         usage = scheduler.kv_cache.usage(scheduler.running)
+        drafts = scheduler.drafts
+        drafted = DraftCounters() if drafts is None else drafts.counters
         return cls(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=len(scheduler.waiting),
             kv_cache_usage=usage.used_fraction,
             kv_wasted_tokens=usage.num_wasted_tokens,
+            num_speculative_tokens=0 if drafts is None else drafts.num_drafts,
             num_steps=scheduler.counters.num_steps,
             num_finished=scheduler.counters.num_finished,
             num_preemptions=scheduler.counters.num_preemptions,
@@ -106,4 +118,8 @@ class EngineStats:
             wait_seconds=seconds.wait,
             update_seconds=seconds.update,
             idle_seconds=idle.seconds,
+            num_draft_rounds=drafted.num_rounds,
+            num_draft_tokens=drafted.num_draft_tokens,
+            num_accepted_tokens=drafted.num_accepted_tokens,
+            num_accepted_per_pos=tuple(drafted.num_accepted_per_pos),
         )

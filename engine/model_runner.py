@@ -36,6 +36,8 @@ class Dispatched:
     step: SchedulerOutput
     layout: BatchLayout
     output: StepOutput
+    launched_at: float
+    """By time.perf_counter."""
 
 
 @dataclass
@@ -109,6 +111,7 @@ class ModelRunner:
 
     def execute(self, step: SchedulerOutput) -> Dispatched:
         """Launches a step; returns without waiting for it."""
+        launched_at = time.perf_counter()
         for admitted in step.admitted:
             self._batch.admit(admitted)
             self._write(
@@ -123,7 +126,7 @@ class ModelRunner:
         self.counters.num_real_tokens += step.num_tokens
         if not self._plan.ops.is_padding_free:
             self.counters.num_padding_tokens += layout.shape.num_tokens * step.num_decode_steps - step.num_tokens
-        return Dispatched(step, layout, output)
+        return Dispatched(step, layout, output, launched_at)
 
     def _run(self, shape: StepShape, inputs: Any) -> tuple[DeviceState, Any]:
         launched: tuple[DeviceState, Any] = self.programs[shape](weights_of(shape, self._weights), self.state, inputs)

@@ -10,7 +10,7 @@ from quire.engine.detokenizer import IncrementalDetokenizer
 from quire.engine.input_processor import ProcessedRequest
 from quire.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from quire.engine.sampling_params import RequestOutputKind
-from quire.engine.step_data import EngineCoreOutput, TokenLogprobs
+from quire.engine.step_data import DraftRound, EngineCoreOutput, TokenLogprobs
 from quire.engine.tokenizer import Tokenizer
 from quire.kernels.errors import InvalidRequestError
 
@@ -46,10 +46,24 @@ class _State:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     are_prompt_logprobs_emitted: bool = False
+    num_draft_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_per_pos: list[int] = field(default_factory=list)
 
     @property
     def is_finished(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
+
+    def count(self, rounds: Sequence[DraftRound]) -> None:
+        """Adds what came of speculation."""
+        for num_drafts, num_accepted in rounds:
+            if num_drafts:
+                self.num_draft_rounds += 1
+                self.num_draft_tokens += num_drafts
+                missing = num_drafts - len(self.num_accepted_per_pos)
+                self.num_accepted_per_pos += [0] * missing
+                for position in range(num_accepted):
+                    self.num_accepted_per_pos[position] += 1
 
 
 class OutputProcessor:
@@ -133,6 +147,7 @@ class OutputProcessor:
             state.num_cached_tokens = output.num_cached_tokens
         state.num_preemptions = max(state.num_preemptions, output.num_preemptions)
         state.first_scheduled_time = state.first_scheduled_time or output.first_scheduled_time
+        state.count(output.rounds)
         if output.prompt_logprobs and state.prompt_logprobs is not None and choice.index == 0:
             self._take_prompt_logprobs(state, state.prompt_logprobs, output.prompt_logprobs)
         token_ids = output.new_token_ids
@@ -220,6 +235,10 @@ class OutputProcessor:
                 first_token_time=state.first_token_time,
                 finished_time=time.monotonic() if finished else None,
                 num_preemptions=state.num_preemptions,
+                num_draft_rounds=state.num_draft_rounds,
+                num_draft_tokens=state.num_draft_tokens,
+                num_accepted_tokens=sum(state.num_accepted_per_pos),
+                num_accepted_per_pos=tuple(state.num_accepted_per_pos),
             ),
         )
 

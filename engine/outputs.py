@@ -49,6 +49,8 @@ class RequestMetrics:
 
     `first_scheduled_time` is when its first token was given to a step, `first_token_time` when its first output token
     was read back. `num_preemptions` counts how often its blocks were taken away and its tokens computed again.
+    Speculation: `num_draft_rounds` times tokens were drafted and verified, `num_draft_tokens` in all, of which
+    `num_accepted_tokens` were accepted; `num_accepted_per_pos[i]` times the draft of position i was. All choices together.
     """
 
     arrival_time: float
@@ -56,6 +58,10 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_draft_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_per_pos: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class StepModel:
         self, params: Any, token_ids: jax.Array, positions: jax.Array, kv_cache: Any, places: StepPlaces
     ) -> tuple[jax.Array, Any]:
         """Hidden states [T, D] of tokens [T] int32 at positions [T] int32, and the cache with their keys and values in it."""
-        return forward(
+        out = forward(
             params,
             self.config,
             token_ids,
@@ -50,6 +50,7 @@ class StepModel:
             self.parallel,
             self.ops.experts.function,
         )
+        return out.hidden, out.kv_cache
 
     def sample(
         self, params: Any, hidden: jax.Array, rows: SamplingRows | None, mode: SamplingMode, num_logprobs: int

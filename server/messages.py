@@ -18,7 +18,7 @@ from quire.engine.metrics import EngineStats
 from quire.engine.outputs import FinishReason
 from quire.engine.request import EngineCoreRequest
 from quire.engine.sampling_params import RequestOutputKind, SamplingParams
-from quire.engine.step_data import EngineCoreOutput, TokenLogprobs
+from quire.engine.step_data import DraftRound, EngineCoreOutput, TokenLogprobs
 from quire.kernels import errors
 
 HEADER = struct.Struct("<I")
@@ -141,6 +141,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
     num_cached_tokens: int
     num_preemptions: int
     first_scheduled_time: float | None
+    rounds: list[DraftRound]
 
     @classmethod
     def of(cls, output: EngineCoreOutput) -> TokenOutput:
@@ -150,7 +151,8 @@ class TokenOutput(msgspec.Struct, array_like=True):
             output.new_token_ids,
             _pack(output.logprobs),
             _pack(output.prompt_logprobs),
-            *output[4:],
+            *output[4:-1],
+            list(output.rounds),
         )
 
     def output(self) -> EngineCoreOutput:
@@ -165,6 +167,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
             self.num_cached_tokens,
             self.num_preemptions,
             self.first_scheduled_time,
+            self.rounds,
         )
 
 

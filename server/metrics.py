@@ -235,6 +235,7 @@ _GAUGES = (
     ("num_requests_running", "num_requests_running", "Requests that run."),
     ("num_requests_waiting", "num_requests_waiting", "Requests that wait to run."),
     ("kv_cache_usage_perc", "kv_cache_usage", "Share of the KV cache's blocks in use, 0 to 1."),
+    ("spec_decode_num_speculative_tokens", "num_speculative_tokens", "Tokens drafted for each row of the last step."),
 )
 _COUNTERS = (
     ("prompt_tokens", "num_prompt_tokens", "Prompt tokens of requests let in."),
@@ -243,6 +244,9 @@ _COUNTERS = (
     ("num_preemptions", "num_preemptions", "Requests whose blocks were taken away."),
     ("prefix_cache_queries", "num_prefix_queries", "Tokens looked up in the prefix cache."),
     ("prefix_cache_hits", "num_prefix_hits", "Tokens found in the prefix cache."),
+    ("spec_decode_num_drafts", "num_draft_rounds", "Times that drafts of a request were verified."),
+    ("spec_decode_num_draft_tokens", "num_draft_tokens", "Tokens drafted."),
+    ("spec_decode_num_accepted_tokens", "num_accepted_tokens", "Drafted tokens that the model would have sampled too."),
     ("padding_tokens", "num_padding_tokens", "Tokens computed in vain to fill a shape."),
     ("device_idle_seconds", "idle_seconds", "Seconds in which the device had nothing to do."),
     ("compile_seconds", "compile_seconds", "Seconds spent compiling."),
@@ -276,6 +280,13 @@ class _EngineCollector(Collector):
         yield lora
         for name, field, text in _COUNTERS:
             yield self._counter(name, text, (), ((), 0 if stats is None else getattr(stats, field)))
+        accepted = () if stats is None else stats.num_accepted_per_pos
+        yield self._counter(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Drafts accepted at each position.",
+            ("position",),
+            *(((str(position),), count) for position, count in enumerate(accepted)),
+        )
         warm_up, serving = (0, 0) if stats is None else (stats.num_compilations, stats.num_recompilations)
         yield self._counter(
             "compilations", "Programs compiled.", ("phase",), (("warmup",), warm_up), (("serving",), serving)

@@ -61,6 +61,7 @@ class GenerationFields(Struct, kw_only=True, forbid_unknown_fields=True):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    num_speculative_tokens: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
     add_special_tokens: bool | None = None
@@ -229,6 +230,7 @@ _SAMPLING = (
     "allowed_token_ids",
     "bad_words",
     "prompt_logprobs",
+    "num_speculative_tokens",
 )
 
 

@@ -13,6 +13,7 @@ from quire.engine.sampling_params import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
+    MAX_INT32,
     MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
     RequestOutputKind,
@@ -30,6 +31,7 @@ INTEGERS = {  # lowest and highest that are allowed
     "min_tokens": (0, 16),  # the default of max_tokens
     "logprobs": (0, MAX_LOGPROBS),
     "prompt_logprobs": (0, MAX_LOGPROBS),
+    "num_speculative_tokens": (0, MAX_INT32),
 }
 FLOATS = {
     "presence_penalty": (-2.0, 2.0),
