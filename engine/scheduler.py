@@ -177,7 +177,7 @@ class Scheduler:
         """
         outputs = []
         num_rows = len(step.decode)
-        rounds = result.rounds or [()] * num_rows
+        rounds = result.rounds or [[]] * num_rows
         decoded = zip(step.decode, result.token_ids[:num_rows], result.logprobs[:num_rows], rounds, strict=True)
         for row, token_ids, logprobs, row_rounds in decoded:
             request = self.requests.get(row.request_id)
@@ -206,7 +206,9 @@ class Scheduler:
         num_admissible = 0
         if self.waiting and len(self.running) < self.max_num_seqs:
             num_admissible = self._admission.num_admissible(self.waiting, self.running, self._clock())
-            if num_admissible and not self._first_fits():
+            # Whether anybody comes in decides on long dispatches and drafts, so it is asked before.
+            is_long = self._decode_steps_per_dispatch > 1 or self.drafts is not None
+            if num_admissible and is_long and not self._first_fits():
                 self._admission.admitted(0, True)
                 num_admissible = 0
         # Prompts are not kept waiting by the rest of a long dispatch, nor for drafts.

@@ -189,7 +189,9 @@ def _lay_out(
     last_of_tile = num_decoded + jnp.arange(num_tiles, dtype=jnp.int32) * tile_size
     sampling_tiles = jnp.where(inputs.tile_samples, inputs.tile_slots, sink)
     return _Rectangles(
-        places=StepPlaces(*map(jnp.concatenate, zip(row_places, tile_places, strict=True)), parts),
+        places=StepPlaces(
+            jnp.concatenate([row_places[0], tile_places[0]]), jnp.concatenate([row_places[1], tile_places[1]]), parts
+        ),
         positions=jnp.concatenate([row_positions.reshape(-1), tile_positions.reshape(-1)]),
         token_ids=jnp.concatenate([row_tokens.reshape(-1), tile_tokens.reshape(-1)]),
         slots=jnp.concatenate([jnp.where(is_query, rows.slots[:, None], sink).reshape(-1), sampling_tiles]),

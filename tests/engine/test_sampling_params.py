@@ -99,7 +99,7 @@ def test_a_fraction_is_no_integer(name):
 
 @pytest.mark.parametrize("name", [*INTEGERS, *FLOATS])
 def test_none_is_refused_but_where_it_means_something(name):
-    if name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+    if name in ("seed", "max_tokens", "logprobs", "prompt_logprobs", "num_speculative_tokens"):
         assert getattr(SamplingParams(**{name: None}), name) is None
     else:
         refuse(name, None)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quire.engine.request import EngineCoreRequest
 from quire.engine.sampling_params import SamplingParams
-from quire.engine.step_data import EngineCoreOutput, TokenLogprobs
+from quire.engine.step_data import DraftRound, EngineCoreOutput, TokenLogprobs
 from quire.kernels.errors import EngineDeadError, InvalidRequestError, OutOfBlocksError
 from quire.server.engine_process import set_aside_what_stays
 from quire.server.messages import (
@@ -55,6 +55,7 @@ outputs = st.builds(
     tokens,
     tokens,
     st.none() | st.floats(0, 1e9),
+    st.lists(st.builds(DraftRound, st.integers(0, 16), st.integers(0, 16))),
 )
 
 
