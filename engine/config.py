@@ -93,8 +93,8 @@ class SpeculationOptions:
 
     speculative_config: Mapping[str, Any] | str | None = _option(
         None,
-        "Speculative decoding, as JSON: method (draft_model, ngram), model, num_speculative_tokens, prompt_lookup_max, prompt_lookup_min, "
-        "adaptive, quantization.",
+        "Speculative decoding, as JSON: method (draft_model, ngram, eagle3), model, num_speculative_tokens, prompt_lookup_max, "
+        "prompt_lookup_min, adaptive, quantization.",
     )
 
     @property

@@ -16,21 +16,19 @@ from quire.backends.environment import cache_folder
 from quire.backends.neuron import NeuronOptions
 from quire.backends.select import select_backend
 from quire.engine.admission import AdmissionPolicy, make_admission_policy
-from quire.engine.config import EngineConfig, LiveSettings, ModelOptions, ResolvedConfig
+from quire.engine.config import EngineConfig, LiveSettings, ResolvedConfig
 from quire.engine.draft_controller import DraftController
 from quire.engine.draft_scheduler import MAX_DRAFT_LAG, DraftScheduler, FixedDrafts
 from quire.engine.drafting import Weights
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.metrics import EngineStats, IdleClock, StepSeconds
 from quire.engine.model_runner import Dispatched, ModelRunner
-from quire.engine.planning import EnginePlan, ModelPlan
+from quire.engine.planning import EnginePlan
 from quire.engine.request import EngineCoreRequest
 from quire.engine.scheduler import Scheduler
 from quire.engine.step_data import EngineCoreOutput
 from quire.kernels.errors import EngineDeadError
-from quire.models.checkpoint import load_params
 from quire.models.config import ModelConfig
-from quire.models.params import Params, init_params
 
 logger = logging.getLogger(__name__)
 
@@ -205,20 +203,9 @@ def _enable_compilation_cache() -> None:
 
 
 def _load(plan: EnginePlan, progress: Progress) -> Weights:
-    return Weights(*(_load_model(part, plan.settings.model, progress) for part in plan.models))
-
-
-def _load_model(part: ModelPlan, options: ModelOptions, progress: Progress) -> Params:
-    placement, stacked = part.placement, part.backend.capabilities.scan_layers
-    if options.load_format == "dummy":
-        return init_params(part.model, options.seed, placement.dtype, stacked=stacked, place=placement.place)
-    return load_params(
-        part.folder,
-        part.model,
-        placement.dtype,
-        stacked=stacked,
-        place=placement.place,
-        progress=lambda done, total: progress("load", done, total, "tensors"),
+    options = plan.settings.model
+    return Weights(
+        *(part.load(options, lambda done, total: progress("load", done, total, "tensors")) for part in plan.models)
     )
 
 
@@ -232,13 +219,16 @@ def _make_scheduler(plan: EnginePlan) -> Scheduler:
     config, resolved = plan.settings, plan.resolved
     settings = LiveSettings.of(config.scheduler, resolved)
     window = resolved.sliding_window
-    if window is not None and plan.draft is not None:
+    has_draft_model = plan.draft is not None and plan.draft.head is None
+    if window is not None and has_draft_model:
         window += MAX_DRAFT_LAG  # the draft model goes over the newest tokens once more
     kv_cache = KVCacheManager(
         resolved.num_kv_blocks,
         resolved.block_size,
         enable_prefix_caching=resolved.enable_prefix_caching,
         sliding_window=window,
+        # What a head has of a token hangs on the next one too, which a block of equal hash does not tell.
+        reads_ahead=plan.draft is not None and plan.draft.head is not None,
     )
     drafts, speculation = None, config.speculation.parsed
     if speculation is not None:
@@ -247,7 +237,7 @@ def _make_scheduler(plan: EnginePlan) -> Scheduler:
             kv_cache,
             DraftController((0, *resolved.draft_counts)) if speculation.adaptive else FixedDrafts(most),
             max_drafts=most,
-            has_draft_cache=plan.draft is not None,
+            has_draft_cache=has_draft_model,
             tile_size=resolved.limits.tile_size,
             max_tiles=resolved.limits.max_prefill_tiles,
         )

@@ -69,7 +69,8 @@ class DeviceState:
 
     kv_cache: Any  # tuple of L arrays in the device's `CacheFormat`, or one array with the layers along the block axis
     slots: Slots
-    draft_cache: Any = None  # like kv_cache, a draft model's; under the same block tables
+    draft_cache: Any = None  # like kv_cache, a draft model's or a head's; under the same block tables
+    draft_features: Any = None  # [S + 1, D], of each row's last token but one, for a head that drafts
 
 
 def empty_row(max_model_len: int, vocab_size: int) -> Slots:

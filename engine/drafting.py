@@ -61,8 +61,26 @@ class DecodeRows:
         )
 
 
+@flax.struct.dataclass
+class Rectangles:
+    """Positions and lengths of a step's two rectangles, on the device: the tokens that are computed, or those that are kept."""
+
+    places: StepPlaces
+    positions: Any  # [T] int32
+    token_ids: Any  # [T] int32
+    token_slots: Any  # [T] int32
+    slots: Any  # [R x W + P] int32, whose tokens are sampled; the sink for what samples nothing
+    num_tokens: Any  # [R x W + P] int32, how many tokens the sampled one follows
+    last_token: Any  # [R x W + P] int32, index into T of the token whose hidden state gives the logits
+
+
 class Drafter(Protocol):
     """Where drafts come from. Frozen and hashable: it is static for every step."""
+
+    @property
+    def captured_layers(self) -> tuple[int, ...]:
+        """The layers of the target whose inputs it reads, in every step."""
+        ...
 
     def draft(
         self,
@@ -79,8 +97,26 @@ class Drafter(Protocol):
         """
         ...
 
-    def accepted(self, slots: Slots, rows: DecodeRows, num_drafts: jax.Array, num_accepted: jax.Array) -> Slots:
-        """The slots, with what a drafter keeps there, after so many drafts of each row were accepted; `rows` are as before the round."""
+    def observe(
+        self,
+        shape: StepShape,
+        weights: Weights,
+        state: DeviceState,
+        rows: DecodeRows,
+        num_drafts: jax.Array,
+        num_accepted: jax.Array,
+        kept: Rectangles,
+        captured: jax.Array | None,
+    ) -> DeviceState:
+        """The state after a step, with what the drafter keeps there; called in every step, with drafts or without.
+
+        Args:
+            state: of after the step, with the sampled tokens.
+            rows: as they were before it.
+            num_drafts, num_accepted: [R] int32.
+            kept: the tokens that the step computed and that stay, in the places that they were computed in.
+            captured: [T, n x D], the inputs of the captured layers.
+        """
         ...
 
 
@@ -94,6 +130,7 @@ class NgramDrafter:
 
     min_tokens: int
     max_tokens: int
+    captured_layers: tuple[int, ...] = ()
 
     def draft(
         self,
@@ -118,8 +155,18 @@ class NgramDrafter:
         slots = slots.replace(tokens=slots.tokens.at[slot_ids, ends].set(drafts, mode="promise_in_bounds"))  # type: ignore[attr-defined]
         return state.replace(slots=slots), num_drafts  # type: ignore[attr-defined]
 
-    def accepted(self, slots: Slots, rows: DecodeRows, num_drafts: jax.Array, num_accepted: jax.Array) -> Slots:
-        return slots
+    def observe(
+        self,
+        shape: StepShape,
+        weights: Weights,
+        state: DeviceState,
+        rows: DecodeRows,
+        num_drafts: jax.Array,
+        num_accepted: jax.Array,
+        kept: Rectangles,
+        captured: jax.Array | None,
+    ) -> DeviceState:
+        return state
 
 
 def latest_match(tokens: jax.Array, num_tokens: jax.Array, max_tokens: int) -> tuple[jax.Array, jax.Array]:
@@ -159,6 +206,7 @@ class ModelDrafter:
     """Drafts with a smaller model of the same vocabulary, whose cache lies under the target's block tables."""
 
     part: StepModel
+    captured_layers: tuple[int, ...] = ()
 
     def draft(
         self,
@@ -196,17 +244,28 @@ class ModelDrafter:
             slots = slots.replace(tokens=tokens)  # type: ignore[attr-defined]
         return state.replace(slots=slots, draft_cache=cache), num_drafts  # type: ignore[attr-defined]
 
-    def accepted(self, slots: Slots, rows: DecodeRows, num_drafts: jax.Array, num_accepted: jax.Array) -> Slots:
-        """The slots after a round: of the accepted drafts the cache has all but the last that was made, which no pass has read."""
+    def observe(
+        self,
+        shape: StepShape,
+        weights: Weights,
+        state: DeviceState,
+        rows: DecodeRows,
+        num_drafts: jax.Array,
+        num_accepted: jax.Array,
+        kept: Rectangles,
+        captured: jax.Array | None,
+    ) -> DeviceState:
+        """Of the accepted drafts the cache has all but the last that was made, which no pass has read."""
+        if not shape.num_drafts:
+            return state
+        slots = state.slots
         num_drafted = rows.num_tokens + jnp.minimum(num_drafts - 1, num_accepted)
-        sink = slots.num_tokens.shape[0] - 1
-        slot_ids = jnp.where(num_drafts > 0, rows.slots, sink)
-        counted: Slots = slots.replace(  # type: ignore[attr-defined]
-            num_drafted=slots.num_drafted.at[slot_ids].set(
-                jnp.where(num_drafts > 0, num_drafted, 0), mode="promise_in_bounds"
-            )
+        slot_ids = jnp.where(num_drafts > 0, rows.slots, slots.num_tokens.shape[0] - 1)
+        counted = jnp.where(num_drafts > 0, num_drafted, 0)
+        slots = slots.replace(  # type: ignore[attr-defined]
+            num_drafted=slots.num_drafted.at[slot_ids].set(counted, mode="promise_in_bounds")
         )
-        return counted
+        return state.replace(slots=slots)  # type: ignore[attr-defined, no-any-return]
 
     def catch_up(
         self, shape: StepShape, block_size: int, weights: Weights, state: DeviceState, inputs: CatchUpInput
@@ -249,6 +308,7 @@ class ModelDrafter:
         seq_lens = jnp.where(query_lens > 0, start + query_lens, 0)
         rectangle = RowsOfTokens(tables, seq_lens, query_lens, width=width)
         token_ids = slots.tokens[slot_ids[:, None], positions]
-        return self.part.run(
+        out = self.part.run(
             weights.draft, token_ids.reshape(-1), positions.reshape(-1), cache, StepPlaces(*places, [rectangle])
         )
+        return out.hidden, out.kv_cache

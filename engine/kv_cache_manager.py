@@ -45,13 +45,23 @@ class KVCacheManager:
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool, sliding_window: int | None = None
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool,
+        sliding_window: int | None = None,
+        reads_ahead: bool = False,
     ) -> None:
-        """`sliding_window` is given when *every* layer has one: blocks that lie before it are freed while the request runs."""
+        """`sliding_window` is given when *every* layer has one: blocks that lie before it are freed while the request runs.
+
+        `reads_ahead` when what is kept of a token hangs on the token after it: the last block of a prefix is then computed anew.
+        """
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, enable_caching=enable_prefix_caching)
         self._enable_prefix_caching = enable_prefix_caching
         self._sliding_window = sliding_window
+        self._reads_ahead = reads_ahead
         self._being_computed: dict[bytes, str] = {}
         # Full blocks whose tokens a draft model's cache has as well.
         self._drafted: set[int] = set()
@@ -78,6 +88,8 @@ class KVCacheManager:
             if block is None:
                 break
             blocks.append(block)
+        if self._reads_ahead:
+            del blocks[-1:]
         num_free = sum(self.pool.is_free(block) for block in blocks)
         return CachedPrefix(tuple(blocks), len(blocks) * self.block_size, num_free)
 

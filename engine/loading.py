@@ -6,6 +6,7 @@ only what its own devices hold.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from quire.kernels.linear.reference import QuantizedMatrix, WeightOnlyMatrix
 from quire.kernels.ops import HELD_AS_ARRAYS, WEIGHT_ONLY, Ops
 from quire.models.config import ModelConfig
 from quire.models.parallel import held_shape, partition, read_held
-from quire.models.params import HostTensor, Params, ParamSpec, build_params, param_specs
+from quire.models.params import HostTensor, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,21 @@ class WeightPlacement:
         values, scales = quantize_weight(np.asarray(tensor))
         return self._quantized(self._put(spec, values), self._put(_without_inputs(spec), scales))
 
-    def abstract(self, *, stacked: bool) -> Params:
-        """The tree that `place` makes on a mesh, of jax.ShapeDtypeStruct with shardings: for lowering without weights."""
+    def describe(self, spec: ParamSpec, layer: int | None, dtype: Any = None) -> Any:
+        """What `place` makes of a parameter on a mesh, of jax.ShapeDtypeStruct with shardings: for lowering without weights.
+
+        Whole where `layer` is None; `dtype` takes the place of the weights' own.
+        """
         assert self.ops.linear.name in HELD_AS_ARRAYS, "packed weights are made of real ones"
-
-        def make(spec: ParamSpec, layer: int | None) -> Any:
-            shape = spec.shape if layer is None else spec.layer_shape
-            if not self._is_prepared(spec) or self._quantization_of(spec) == "none":
-                return self._abstract(spec, shape, self.dtype)
-            if spec.name == "embed_tokens":
-                spec, shape = _transposed(spec), shape[::-1]
-            scales_shape = (*shape[:-2], shape[-1])
-            return self._quantized(
-                self._abstract(spec, shape, np.int8), self._abstract(_without_inputs(spec), scales_shape, np.float32)
-            )
-
-        return build_params(self.model, make, stacked=stacked)
+        shape = spec.shape if layer is None else spec.layer_shape
+        if not self._is_prepared(spec) or self._quantization_of(spec) == "none":
+            return self._abstract(spec, shape, dtype or self.dtype)
+        if spec.name == "embed_tokens":
+            spec, shape = _transposed(spec), shape[::-1]
+        scales_shape = (*shape[:-2], shape[-1])
+        return self._quantized(
+            self._abstract(spec, shape, np.int8), self._abstract(_without_inputs(spec), scales_shape, np.float32)
+        )
 
     def _is_prepared(self, spec: ParamSpec) -> bool:
         """Whether the linear op decides on the form. An embedding that is read row by row as well stays as it is."""
@@ -98,11 +98,16 @@ class WeightPlacement:
 
 
 def planned_weight_bytes(
-    model: ModelConfig, capabilities: Capabilities, dtype: str, quantization: str, num_devices: int
+    specs: Iterable[ParamSpec],
+    model: ModelConfig,
+    capabilities: Capabilities,
+    dtype: str,
+    quantization: str,
+    num_devices: int,
 ) -> int:
     """Bytes that each of the devices will hold of the parameters, padding of its memory layout included."""
     total = 0
-    for spec in param_specs(model).values():
+    for spec in specs:
         held = held_shape(spec, model, num_devices, spec.shape)
         cut = [axis is not None for axis in partition(spec, model, num_devices, len(held))]
         local = tuple(size // num_devices if is_cut else size for size, is_cut in zip(held, cut, strict=True))

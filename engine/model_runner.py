@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quire.backends.base import Program, StepShape
@@ -80,6 +81,11 @@ class ModelRunner:
             plan.backend.memory,
         )
         self.state = DeviceState(caches[0], slots, *caches[1:])
+        if plan.features_shape is not None:
+            features = np.zeros(plan.features_shape, jnp.dtype(plan.target.dtype))
+            self.state = self.state.replace(  # type: ignore[attr-defined]
+                draft_features=on_every_device(features, plan.mesh, plan.backend.memory)
+            )
 
     # ---- before the first request
 
@@ -129,7 +135,9 @@ class ModelRunner:
         return Dispatched(step, layout, output, launched_at)
 
     def _run(self, shape: StepShape, inputs: Any) -> tuple[DeviceState, Any]:
-        launched: tuple[DeviceState, Any] = self.programs[shape](weights_of(shape, self._weights), self.state, inputs)
+        launched: tuple[DeviceState, Any] = self.programs[shape](
+            weights_of(self.step_config, shape, self._weights), self.state, inputs
+        )
         return launched
 
     def wait(self, dispatched: Dispatched) -> None:

@@ -20,7 +20,16 @@ from quire.kernels.sampling.logits import MASKED
 from quire.kernels.sampling.reference import best_of_part, first_argmax
 from quire.kernels.sampling.rows import SampleOutput, SamplingMode, SamplingRows
 from quire.models.config import ModelConfig
-from quire.models.decoder import Attend, LayerInfo, RunLayer, compute_logits, forward, layer_spec, logits_of_part
+from quire.models.decoder import (
+    Attend,
+    ForwardOutput,
+    LayerInfo,
+    RunLayer,
+    compute_logits,
+    forward,
+    layer_spec,
+    logits_of_part,
+)
 from quire.models.parallel import ALONE, Parallel
 from quire.models.params import Layer
 
@@ -36,21 +45,30 @@ class StepModel:
     """Tokens that are sampled from, where it is not the model's own vocabulary: what that lacks is never sampled."""
 
     def run(
-        self, params: Any, token_ids: jax.Array, positions: jax.Array, kv_cache: Any, places: StepPlaces
-    ) -> tuple[jax.Array, Any]:
-        """Hidden states [T, D] of tokens [T] int32 at positions [T] int32, and the cache with their keys and values in it."""
-        out = forward(
+        self,
+        params: Any,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        kv_cache: Any,
+        places: StepPlaces,
+        captured_layers: tuple[int, ...] = (),
+    ) -> ForwardOutput:
+        """Hidden states [T, D] of tokens [T] int32 at positions [T] int32, and the cache with their keys and values in it.
+
+        With `captured_layers`, also the hidden states that enter those.
+        """
+        return forward(
             params,
             self.config,
             token_ids,
             positions,
             kv_cache,
-            _make_attend(self, places),
+            make_attend(self, places),
             _make_run_layer(self, places),
             self.parallel,
             self.ops.experts.function,
+            captured_layers=captured_layers,
         )
-        return out.hidden, out.kv_cache
 
     def sample(
         self, params: Any, hidden: jax.Array, rows: SamplingRows | None, mode: SamplingMode, num_logprobs: int
@@ -89,7 +107,7 @@ def places_of_tokens(
     return blocks.reshape(-1), jnp.where(is_real, jax.lax.rem(positions, np.int32(block_size)), 0).reshape(-1)
 
 
-def _make_attend(part: StepModel, places: StepPlaces) -> Attend:
+def make_attend(part: StepModel, places: StepPlaces) -> Attend:
     """Attention for the model: writes the layer's keys and values, then calls the op once per rectangle."""
     model = part.config
 
@@ -117,6 +135,13 @@ def _make_attend(part: StepModel, places: StepPlaces) -> Attend:
         return jnp.concatenate(outs) if len(outs) > 1 else outs[0], _with_layer_cache(kv_cache, info, cache)
 
     return attend
+
+
+def write_first_layer(part: StepModel, kv_cache: Any, k: jax.Array, v: jax.Array, places: StepPlaces) -> Any:
+    """The cache with keys and values [T, K, H] of its first layer in it, where nobody attends to them yet."""
+    info = LayerInfo(0, None)
+    cache, _ = _layer_cache(kv_cache, info, part.config.num_layers)
+    return _with_layer_cache(kv_cache, info, part.ops.write_kv.function(cache, k, v, places))
 
 
 def _make_run_layer(part: StepModel, places: StepPlaces) -> RunLayer | None:

@@ -6,18 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from quire.backends.base import Backend, ShapeLimits, StepShape
-from quire.engine.config import EngineConfig, ResolvedConfig, resolve, resolve_block_size, resolve_dtype
-from quire.engine.device_state import CacheArrays, DeviceState, cache_block_bytes, empty_slots
+from quire.engine.config import EngineConfig, ResolvedConfig, resolve
+from quire.engine.device_state import DeviceState, empty_slots
 from quire.engine.drafting import Drafter, ModelDrafter, NgramDrafter, Weights
-from quire.engine.loading import WeightPlacement, planned_weight_bytes
-from quire.engine.passes import StepModel
+from quire.engine.eagle_drafting import EagleDrafter
+from quire.engine.model_plan import ModelPlan
 from quire.engine.programs import EVERYWHERE, ProgramSource, abstract_on, slot_update_source, step_source
 from quire.engine.speculation import SpeculativeConfig, check_vocabularies
 from quire.engine.step import StepConfig
@@ -26,90 +25,9 @@ from quire.kernels.ops import Ops
 from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import resolve_model
 from quire.models.config import ModelConfig
-from quire.models.parallel import Parallel, check_divisible, num_held_kv_heads
-from quire.models.registry import load_config
+from quire.models.parallel import num_held_kv_heads
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """A model on a backend: the target, or the one that drafts."""
-
-    folder: Path
-    model: ModelConfig
-    ops: Ops
-    dtype: str
-    quantization: str
-    block_size: int
-    backend: Backend
-    mesh: Mesh
-
-    @classmethod
-    def make(
-        cls,
-        folder: Path,
-        settings: EngineConfig,
-        backend: Backend,
-        mesh: Mesh,
-        quantization: str,
-        dtype: str | None = None,
-    ) -> ModelPlan:
-        """Reads the folder's config.json; None is the dtype that the settings ask for.
-
-        Raises InvalidConfigError, ModelError or KernelUnavailableError with the remedy.
-        """
-        model = load_config(folder, settings.model.max_model_len)
-        if model.tie_word_embeddings:
-            model = dataclasses.replace(model, holds_head_apart=backend.capabilities.holds_head_apart)
-        check_divisible(model, mesh.size)
-        dtype = dtype or resolve_dtype(settings, model, backend.capabilities)
-        block_size = resolve_block_size(settings, backend.capabilities)
-        wanted = _wanted_kernels(settings.device.kernels)
-        ops = backend.select_ops(model, dtype, quantization, block_size, mesh.size, wanted)
-        return cls(folder, model, ops, dtype, quantization, block_size, backend, mesh)
-
-    @property
-    def placement(self) -> WeightPlacement:
-        """How and where the weights are held."""
-        dtype = np.dtype(jnp.dtype(self.dtype))
-        return WeightPlacement(self.model, dtype, self.ops, self.quantization, self.mesh, self.backend.memory)
-
-    @property
-    def step_model(self) -> StepModel:
-        """What is static about it in every step."""
-        return StepModel(self.model, self.ops, Parallel(self.mesh.size))
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights on each device."""
-        return planned_weight_bytes(
-            self.model, self.backend.capabilities, self.dtype, self.quantization, self.mesh.size
-        )
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block of its KV cache on each device, all layers together."""
-        return cache_block_bytes(
-            self.model,
-            self.backend.capabilities,
-            self.ops.kv_cache.function,
-            self.block_size,
-            self.dtype,
-            self.mesh.size,
-        )
-
-    def cache_arrays(self, num_blocks: int) -> CacheArrays:
-        """A KV cache of so many blocks."""
-        return CacheArrays.of(
-            self.model,
-            self.backend.capabilities,
-            self.ops.kv_cache.function,
-            num_blocks,
-            self.block_size,
-            self.dtype,
-            self.mesh.size,
-        )
 
 
 @dataclass(frozen=True)
@@ -162,6 +80,13 @@ class EnginePlan:
         return (self.target,) if self.draft is None else (self.target, self.draft)
 
     @property
+    def features_shape(self) -> tuple[int, int] | None:
+        """Of what a head keeps of each request on the device; None without one."""
+        if self.draft is None or self.draft.head is None:
+            return None
+        return (self.resolved.max_num_seqs + 1, self.draft.model.hidden_size)
+
+    @property
     def shapes(self) -> tuple[StepShape, ...]:
         """Every shape that is compiled."""
         return tuple(self.backend.step_shapes(_limits(self.settings, self.resolved, self.target, self.draft)))
@@ -190,12 +115,11 @@ class EnginePlan:
     @property
     def working_bytes(self) -> int:
         """Bytes of each device that the cache leaves to the temporary arrays of a step."""
-        return _working_bytes_of(self.shapes, self.target)
+        return _working_bytes_of(self.shapes, self.target, self.draft)
 
     def sources(self) -> list[ProgramSource]:
         """Every program of the engine, from abstract weights: what can be compiled on a machine that has neither them nor the device."""
-        stacked = self.backend.capabilities.scan_layers
-        weights = Weights(*(part.placement.abstract(stacked=stacked) for part in self.models))
+        weights = Weights(*(part.describe_weights() for part in self.models))
         # Their sharding is what says which device the programs are for, also where it is one.
         whole = NamedSharding(self.mesh, EVERYWHERE)
         slots = abstract_on(
@@ -203,6 +127,9 @@ class EnginePlan:
         )
         caches = [part.cache_arrays(self.resolved.num_kv_blocks).abstract(self.mesh) for part in self.models]
         state = DeviceState(caches[0], slots, *caches[1:])
+        if self.features_shape is not None:
+            features = jax.ShapeDtypeStruct(self.features_shape, jnp.dtype(self.target.dtype), sharding=whole)
+            state = state.replace(draft_features=features)  # type: ignore[attr-defined]
         steps = [step_source(self.step_config, shape, weights, state, self.mesh) for shape in self.shapes]
         return [*steps, slot_update_source(slots, self.resolved.max_model_len, self.model.vocab_size, self.mesh)]
 
@@ -213,8 +140,11 @@ def _plan_draft(settings: EngineConfig, target: ModelPlan) -> ModelPlan | None:
         return None
     folder = resolve_model(speculation.model)
     quantization = speculation.quantization or settings.model.quantization
-    draft = ModelPlan.make(folder, settings, target.backend, target.mesh, quantization, target.dtype)
-    check_vocabularies(target.folder, target.model, folder, draft.model, settings.model.tokenizer)
+    if speculation.method == "eagle3":
+        draft = ModelPlan.of_head(folder, target, settings, quantization)
+    else:
+        draft = ModelPlan.make(folder, settings, target.backend, target.mesh, quantization, target.dtype)
+        check_vocabularies(target.folder, target.model, folder, draft.model, settings.model.tokenizer)
     logger.info("kernels of the draft model: %s", draft.ops.describe().replace("\n", ", "))
     return draft
 
@@ -224,6 +154,8 @@ def _drafter(speculation: SpeculativeConfig | None, target: ModelPlan, draft: Mo
         return None
     if draft is None:
         return NgramDrafter(speculation.prompt_lookup_min, speculation.prompt_lookup_max)
+    if draft.head is not None:
+        return EagleDrafter(draft.step_model, draft.head)
     # What it samples from is the target's vocabulary, also where the padding of the two tables differs.
     return ModelDrafter(dataclasses.replace(draft.step_model, num_sampled=target.model.vocab_size))
 
@@ -258,13 +190,21 @@ def _resolve(
 
     # How large steps are is decided first, and does not hang on the cache.
     shapes = backend.step_shapes(_limits(settings, decide(0), target, draft))
-    return decide(_working_bytes_of(shapes, target))
+    return decide(_working_bytes_of(shapes, target, draft))
 
 
-def _working_bytes_of(shapes: Sequence[StepShape], target: ModelPlan) -> int:
-    """Of the largest step. Drafting takes less than verifying: fewer tokens of a smaller model."""
+def _working_bytes_of(shapes: Sequence[StepShape], target: ModelPlan, draft: ModelPlan | None) -> int:
+    """Of the largest step. Drafting takes less than verifying, of fewer tokens; a head reads hidden states that are kept for it."""
     gathered = 0 if target.ops.attends_in_place else target.block_bytes // target.model.num_layers
-    return max(working_bytes(target.model, target.dtype, shape, target.mesh.size, gathered) for shape in shapes)
+    captured = 0
+    if draft is not None and draft.head is not None:
+        captured = len(draft.head.captured_layers) * draft.head.target_hidden_size + 4 * draft.model.hidden_size
+    itemsize = jnp.dtype(target.dtype).itemsize
+    return max(
+        working_bytes(target.model, target.dtype, shape, target.mesh.size, gathered)
+        + shape.num_tokens * captured * itemsize
+        for shape in shapes
+    )
 
 
 def working_bytes(model: ModelConfig, dtype: str, shape: StepShape, num_devices: int, gathered_block_bytes: int) -> int:
@@ -298,18 +238,5 @@ def _limits(
         is_random_free=target.ops.is_random_free,
         most_sampling=SamplingMode[settings.device.sampling.upper()],
         draft_counts=resolved.draft_counts,
-        has_draft_cache=draft is not None,
+        has_draft_cache=draft is not None and draft.head is None,
     )
-
-
-def _wanted_kernels(text: str | None) -> dict[str, str]:
-    """`op=name,op=name` as a dict. Raises InvalidConfigError for anything else."""
-    if not text:
-        return {}
-    pairs = [pair.split("=") for pair in text.split(",")]
-    if any(len(pair) != 2 for pair in pairs):
-        raise InvalidConfigError(f"kernels={text!r} is not of the form op=name,op=name")
-    wanted = {op.strip(): name.strip() for op, name in pairs}
-    if len(wanted) != len(pairs):
-        raise InvalidConfigError(f"kernels={text!r} names an op twice")
-    return wanted

@@ -43,14 +43,14 @@ def step_source(
     config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, mesh: Mesh
 ) -> ProgramSource:
     """One shape's step for a mesh, from real or abstract parameters and state."""
-    arguments = (*abstract((weights_of(shape, weights), state)), abstract_inputs(shape, mesh))
+    arguments = (*abstract((weights_of(config, shape, weights), state)), abstract_inputs(shape, mesh))
     out_specs = (specs_of(arguments[1]), EVERYWHERE)
     return ProgramSource(shape, spread(make_step(config, shape), arguments, out_specs, mesh), arguments, (1,))
 
 
-def weights_of(shape: StepShape, weights: Weights) -> Weights:
-    """Those that a step of this shape reads: one model's, unless it drafts."""
-    if shape.num_drafts:
+def weights_of(config: StepConfig, shape: StepShape, weights: Weights) -> Weights:
+    """Those that a step of this shape reads: one model's, unless it drafts, or something that drafts reads every step."""
+    if shape.num_drafts or (config.drafter is not None and config.drafter.captured_layers):
         return weights
     return Weights(None, weights.draft) if shape.is_catch_up else Weights(weights.target)
 

@@ -12,7 +12,7 @@ from quire.engine.tokenizer import has_tokenizer, load_tokenizer
 from quire.kernels.errors import InvalidConfigError
 from quire.models.config import ModelConfig
 
-Method = Literal["draft_model", "ngram"]
+Method = Literal["draft_model", "ngram", "eagle3"]
 METHODS: tuple[str, ...] = get_args(Method)
 MAX_SPECULATIVE_TOKENS = 16
 MAX_LOOKUP = 8
@@ -24,12 +24,12 @@ class SpeculativeConfig:
 
     Fields:
       method: draft_model drafts with a smaller model of the same vocabulary; ngram copies what followed when the last tokens stood in
-        the text before. Left out, it is draft_model where there is a `model`.
-      model: Hugging Face id or folder of the draft model.
+        the text before; eagle3 drafts with a head that was trained for the target. Left out, it is draft_model where there is a `model`.
+      model: Hugging Face id or folder of the draft model, or of the head.
       num_speculative_tokens: the most tokens drafted per round.
       prompt_lookup_max, prompt_lookup_min: for ngram, how many of the last tokens are looked for, at most and at least.
       adaptive: whether the engine drafts fewer tokens, down to none, where that has turned out to be faster.
-      quantization: of the draft model's weights; none or int8, the target's own when left out.
+      quantization: of the draft model's or the head's weights; none or int8, the target's own when left out.
     """
 
     method: Method

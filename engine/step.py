@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from quire.backends.base import Program, StepShape
 from quire.engine.device_state import DeviceState, Slots
-from quire.engine.drafting import DecodeRows, Drafter, ModelDrafter, Weights
+from quire.engine.drafting import DecodeRows, Drafter, ModelDrafter, Rectangles, Weights
 from quire.engine.passes import StepModel, places_of_tokens, sampling_rows
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
 from quire.kernels.sampling.reference import compute_logprobs
@@ -95,18 +95,6 @@ def _with_step_axis(output: StepOutput) -> StepOutput:
     return stepped.replace(prompt_logprobs=output.prompt_logprobs)  # type: ignore[attr-defined, no-any-return]
 
 
-@dataclass(frozen=True)
-class _Rectangles:
-    """Positions and lengths of the two rectangles, on the device."""
-
-    places: StepPlaces
-    positions: jax.Array  # [T] int32
-    token_ids: jax.Array  # [T] int32
-    slots: jax.Array  # [R x W + P] int32, whose tokens are sampled; the sink for what samples nothing
-    num_tokens: jax.Array  # [R x W + P] int32, how many tokens the sampled one follows
-    last_token: jax.Array  # [R x W + P] int32, index into T of the token whose hidden state gives the logits
-
-
 def _one_step(
     config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, inputs: ModelInput
 ) -> tuple[DeviceState, StepOutput]:
@@ -120,8 +108,14 @@ def _one_step(
     slots = state.slots
     rectangles = _lay_out(shape, config.block_size, slots, inputs, rows, num_drafts)
     target = config.target
-    hidden, kv_cache = target.run(
-        weights.target, rectangles.token_ids, rectangles.positions, state.kv_cache, rectangles.places
+    captured_layers = () if config.drafter is None else config.drafter.captured_layers
+    hidden, kv_cache, captured = target.run(
+        weights.target,
+        rectangles.token_ids,
+        rectangles.positions,
+        state.kv_cache,
+        rectangles.places,
+        captured_layers,
     )  # [T, D]
     sampled = target.sample(
         weights.target,
@@ -141,12 +135,11 @@ def _one_step(
     prompt_logprobs = None
     if shape.prompt_logprobs:
         prompt_logprobs = _prompt_logprobs(config, shape, weights.target, hidden, slots, inputs)
-    if shape.num_drafts:
-        assert config.drafter is not None, shape
-        appended = config.drafter.accepted(appended, rows, num_drafts, num_accepted)
     state = state.replace(kv_cache=kv_cache, slots=appended)  # type: ignore[attr-defined]
     counts: tuple[Any, Any] = (None, None)
     if config.drafter is not None:
+        kept = _lay_out(shape, config.block_size, appended, inputs, rows, num_accepted)
+        state = config.drafter.observe(shape, weights, state, rows, num_drafts, num_accepted, kept, captured)
         counts = (jnp.where(rows.is_active, num_accepted + 1, 0), num_drafts)
     return state, StepOutput(sampled.token_ids, sampled.logprobs, *counts, prompt_logprobs)
 
@@ -165,7 +158,7 @@ def _bounded(shape: StepShape, slots: Slots, inputs: ModelInput) -> ModelInput:
 
 def _lay_out(
     shape: StepShape, block_size: int, slots: Slots, inputs: ModelInput, rows: DecodeRows, num_drafts: jax.Array
-) -> _Rectangles:
+) -> Rectangles:
     num_rows, width, num_tiles, tile_size = shape.decode_rows, shape.decode_width, shape.prefill_tiles, shape.tile_size
     sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
     query_lens = jnp.where(rows.is_active, num_drafts + 1, 0)  # [R]
@@ -188,12 +181,18 @@ def _lay_out(
     num_decoded = num_rows * width
     last_of_tile = num_decoded + jnp.arange(num_tiles, dtype=jnp.int32) * tile_size
     sampling_tiles = jnp.where(inputs.tile_samples, inputs.tile_slots, sink)
-    return _Rectangles(
+    return Rectangles(
         places=StepPlaces(
             jnp.concatenate([row_places[0], tile_places[0]]), jnp.concatenate([row_places[1], tile_places[1]]), parts
         ),
         positions=jnp.concatenate([row_positions.reshape(-1), tile_positions.reshape(-1)]),
         token_ids=jnp.concatenate([row_tokens.reshape(-1), tile_tokens.reshape(-1)]),
+        token_slots=jnp.concatenate(
+            [
+                jnp.broadcast_to(rows.slots[:, None], row_positions.shape).reshape(-1),
+                jnp.broadcast_to(inputs.tile_slots[:, None], tile_positions.shape).reshape(-1),
+            ]
+        ),
         slots=jnp.concatenate([jnp.where(is_query, rows.slots[:, None], sink).reshape(-1), sampling_tiles]),
         num_tokens=jnp.concatenate(
             [

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from quire.engine.sampling_params import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
-    MAX_LOGIT_BIAS,
     MAX_INT32,
+    MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
     RequestOutputKind,
