@@ -34,7 +34,7 @@ class DraftPolicy(Protocol):
         ...
 
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
-        """A row had so many drafts verified."""
+        """A row had so many drafts verified, or asked for in vain."""
         ...
 
 
@@ -167,10 +167,13 @@ class DraftScheduler:
         """A step of decode rows took so long, catching up included."""
         self.policy.observe_step(len(step.decode), step.num_drafts, seconds / step.num_decode_steps)
 
-    def observe(self, request: Request, rounds: Sequence[DraftRound]) -> None:
-        """What came of a row's rounds; its tokens are those after them."""
+    def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
+        """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""
         for num_drafts, num_accepted in rounds:
             if not num_drafts:
+                if num_asked and not self._has_draft_cache:
+                    # Nothing to propose: the row's share of the wider step was for nothing.
+                    self.policy.observe_round(request.draft_acceptance, num_asked, 0)
                 continue
             self.counters.num_rounds += 1
             self.counters.num_draft_tokens += num_drafts

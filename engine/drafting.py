@@ -225,7 +225,7 @@ class ModelDrafter:
         for idx in range(shape.num_drafts):
             drafts_now = idx < num_drafts
             width = MAX_DRAFT_LAG if idx == 0 else 1
-            query_lens = jnp.where(drafts_now, lag if idx == 0 else 1, 0)
+            query_lens = jnp.where(drafts_now, jnp.clip(lag, 0, MAX_DRAFT_LAG) if idx == 0 else 1, 0)
             hidden, cache = self._run(
                 slots, cache, weights, rows.slots, rows.tables, start, query_lens, width, block_size
             )
@@ -275,7 +275,7 @@ class ModelDrafter:
         sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
         slot_ids = jnp.clip(inputs.slots, 0, sink)
         num_known = jnp.clip(slots.num_tokens[slot_ids] - 1, 0, max_len)
-        begin = jnp.maximum(slots.num_drafted[slot_ids], jnp.clip(inputs.starts, 0, max_len))
+        begin = jnp.clip(jnp.maximum(slots.num_drafted[slot_ids], inputs.starts), 0, max_len)
         start = jnp.clip(begin + jnp.clip(inputs.tile_idx, 0, shape.prefill_tiles) * tile_size, 0, max_len)
         lens = jnp.clip(num_known - start, 0, tile_size)
         _, cache = self._run(

@@ -184,7 +184,7 @@ class Scheduler:
             if request is not None and request.order[1] == row.arrival_idx:
                 request.num_in_flight -= row.num_tokens
                 request.num_surely_in_flight -= row.min_tokens
-                outputs.append(self._append(request, token_ids, logprobs, rounds=row_rounds))
+                outputs.append(self._append(request, token_ids, logprobs, rounds=row_rounds, num_asked=row.num_drafts))
         sampled = zip(result.token_ids[num_rows:], result.logprobs[num_rows:], strict=True)
         for chunk in step.prefill:
             token_ids, logprobs = next(sampled) if chunk.samples else ([], None)
@@ -418,6 +418,7 @@ class Scheduler:
         logprobs: list[TokenLogprobs] | None,
         prompt_logprobs: list[TokenLogprobs] | None = None,
         rounds: Sequence[DraftRound] = (),
+        num_asked: int = 0,
     ) -> EngineCoreOutput:
         """Adds sampled tokens up to the first that ends the request."""
         finish_reason: FinishReason | None = None
@@ -442,7 +443,7 @@ class Scheduler:
             self._remove(request)
             self._count_finished()
         if rounds and self.drafts is not None:
-            self.drafts.observe(request, rounds)
+            self.drafts.observe(request, rounds, num_asked)
         if num_new < len(token_ids):
             token_ids = token_ids[:num_new]
             logprobs = logprobs[:num_new] if logprobs is not None else None
