@@ -14,29 +14,36 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 # Rates are rounded to this many steps, so that a batch's expected tokens are looked up rather than computed.
-NUM_LEVELS = 40
+NUM_LEVELS = 64
 HIGHEST_RATE = 0.995
+LOG_RATES = [math.log(min(level / NUM_LEVELS, HIGHEST_RATE)) for level in range(1, NUM_LEVELS + 1)]
+# What drafts are hoped to do before any was verified.
+START_RATE = 0.7
 
 
 class AcceptanceCurve:
     """How a row's rate of acceptance turns into the chance that its first j drafts are all accepted; one for the engine.
 
-    A row is described by one number, its rate q: accepted drafts by tested ones, where a draft is tested when all before it
-    were accepted. Positions differ, so the chance that draft i is accepted after the ones before it is q ** h[i], and that
-    the first j are, q ** (h[1] + ... + h[j]): the proportional hazards model in grouped time (Prentice and Gloeckler,
-    Biometrics 1978). h is learned from all rows at once. It compares what was accepted at a position with the rates
+    A row is described by one number, its rate q: accepted drafts by tested ones, weighted by position, where a draft is tested
+    when all before it were accepted. Positions differ, so the chance that draft i is accepted after the ones before it is
+    q ** h[i], and that the first j are, q ** (h[1] + ... + h[j]): the proportional hazards model in grouped time (Prentice and
+    Gloeckler, Biometrics 1978). h is learned from all rows at once. It compares what was accepted at a position with the rates
     that the rows tested there had before, so it corrects for good rows reaching later positions more often, and for rates that
     are uncertain: over the engine's rows, expectations agree with what happens.
     """
 
     # Tested drafts after which an observation at a position counts 1/e: the shape changes slowly.
     MEMORY = 1000.0
-    # Tested drafts that the assumption is worth that a position is like the one before it, and the first has h = 1.
-    PRIOR_TRIALS = 8.0
+    # Tested drafts that the prior of each position is worth: h = 1 for the first; after an accepted draft the next one is hoped to
+    # be as likely as the one before it and no less than START_RATE, or deep positions would not be tried where
+    # first ones are seldom accepted.
+    PRIOR_TRIALS = 4.0
     EXPONENTS = (0.02, 20.0)
+    # Relative change of an exponent for which the table is computed anew, which takes longer than all else.
+    TOLERANCE = 0.03
 
     def __init__(self, max_drafts: int) -> None:
         self.max_drafts = max_drafts
@@ -65,10 +72,8 @@ class AcceptanceCurve:
         """Works the rounds observed since the last call into the table; microseconds, once a step."""
         if any(self._rounds):
             self._fold()
-            exponents: list[float] = []
-            for position in range(self.max_drafts):
-                exponents.append(self._exponent(position, exponents[-1] if exponents else 1.0))
-            if any(abs(new - old) > 0.02 * old for new, old in zip(exponents, self.exponents, strict=True)):
+            exponents = self._estimate_exponents()
+            if any(abs(new - old) > self.TOLERANCE * old for new, old in zip(exponents, self.exponents, strict=True)):
                 self.exponents = exponents
                 self.weights = self._accumulate_weights()
                 self.tokens_by_level = self._tabulate()
@@ -89,30 +94,30 @@ class AcceptanceCurve:
         for sums in (self._rates, self._rejected_rates):
             sums[:] = [0.0] * len(sums)
 
-    def _exponent(self, position: int, prior: float) -> float:
-        tested = self._tested[position]
-        if tested == 0.0:
-            return prior
-        rate = min(max(self._expected[position] / tested, 0.001), HIGHEST_RATE)
-        accepted = (self._accepted[position] + self.PRIOR_TRIALS * rate**prior) / (tested + self.PRIOR_TRIALS)
-        lowest, highest = self.EXPONENTS
-        return min(max(math.log(min(accepted, HIGHEST_RATE)) / math.log(rate), lowest), highest)
+    def _estimate_exponents(self) -> list[float]:
+        exponents: list[float] = []
+        rate, exponent = START_RATE, 1.0
+        for tested, accepted, expected in zip(self._tested, self._accepted, self._expected, strict=True):
+            if tested:
+                rate = min(max(expected / tested, 0.001), HIGHEST_RATE)
+            prior = max(rate**exponent, START_RATE) if exponents else rate
+            mean = (accepted + self.PRIOR_TRIALS * prior) / (tested + self.PRIOR_TRIALS)
+            lowest, highest = self.EXPONENTS
+            exponent = min(max(math.log(min(mean, HIGHEST_RATE)) / math.log(rate), lowest), highest)
+            exponents.append(exponent)
+        return exponents
 
     def _accumulate_weights(self) -> list[float]:
+        """What the first j positions say of a row's rate, by j: a position at which rows hardly fail says little of them."""
         first = self.exponents[0] if self.exponents else 1.0
         return [0.0, *accumulate(min(max(exponent / first, 0.05), 1.0) for exponent in self.exponents)]
 
     def _tabulate(self) -> list[list[float]]:
-        """Expected tokens of a round by level of the rate and number of drafts; nothing is expected at level 0."""
+        """Expected tokens of a round by level of the rate and number of drafts; no draft is expected to pass at level 0."""
+        hazards = list(accumulate(self.exponents))
         table = [[1.0] * (self.max_drafts + 1)]
-        for level in range(1, NUM_LEVELS + 1):
-            log_rate = math.log(min(level / NUM_LEVELS, HIGHEST_RATE))
-            total, hazard, tokens = 1.0, 0.0, [1.0]
-            for exponent in self.exponents:
-                hazard += exponent
-                total += math.exp(log_rate * hazard)
-                tokens.append(total)
-            table.append(tokens)
+        for log_rate in LOG_RATES:
+            table.append([*accumulate([math.exp(log_rate * hazard) for hazard in hazards], initial=1.0)])
         return table
 
 
@@ -126,25 +131,28 @@ class Acceptance:
     a rejected one, since the step was as wide as for a proposal. A row that seldom has a proposal thereby has a low rate.
     """
 
-    START_RATE = 0.7
-    # Rounds after which one counts 1/e.
-    ROW_MEMORY = 24
-    ENGINE_MEMORY = 400
+    # Tested drafts after which one counts 1/e. By drafts and not by rounds, or long runs of accepted ones would outweigh
+    # rejections for as many rounds as they are long.
+    ROW_MEMORY = 48.0
+    ENGINE_MEMORY = 1000.0
     # Tested drafts that the prior is worth.
-    ROW_PRIOR_TRIALS = 6.0
+    ROW_PRIOR_TRIALS = 10.0
     ENGINE_PRIOR_TRIALS = 3.0
 
-    __slots__ = ("_accepted", "_curve", "_kept", "_prior", "_prior_trials", "_tested", "level", "rate")
+    __slots__ = ("_accepted", "_curve", "_memory", "_prior", "_prior_trials", "_tested", "level", "rate")
+
+    rate: float
+    level: int
 
     def __init__(self, curve: AcceptanceCurve, prior: Acceptance | None = None) -> None:
         """`prior` is the engine's acceptance; without one this is the engine's."""
         self._curve = curve
         self._prior = prior
         self._prior_trials = self.ENGINE_PRIOR_TRIALS if prior is None else self.ROW_PRIOR_TRIALS
-        self._kept = math.exp(-1 / (self.ENGINE_MEMORY if prior is None else self.ROW_MEMORY))
+        self._memory = self.ENGINE_MEMORY if prior is None else self.ROW_MEMORY
         self._accepted = 0.0
         self._tested = 0.0
-        self.rate = self.START_RATE if prior is None else prior.rate
+        self.rate = START_RATE if prior is None else prior.rate
         self.level = round(self.rate * NUM_LEVELS)
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
@@ -152,9 +160,11 @@ class Acceptance:
         assert 0 <= num_accepted <= num_drafts, (num_drafts, num_accepted)
         if num_drafts:
             weights = self._curve.weights
-            self._accepted = self._accepted * self._kept + weights[num_accepted]
-            self._tested = self._tested * self._kept + weights[min(num_accepted + 1, num_drafts)]
-            prior_rate = self.START_RATE if self._prior is None else self._prior.rate
+            tested = weights[min(num_accepted + 1, num_drafts)]
+            kept = math.exp(-tested / self._memory)
+            self._accepted = self._accepted * kept + weights[num_accepted]
+            self._tested = self._tested * kept + tested
+            prior_rate = START_RATE if self._prior is None else self._prior.rate
             trials = self._prior_trials
             self.rate = (self._accepted + trials * prior_rate) / (self._tested + trials)
             self.level = round(self.rate * NUM_LEVELS)
@@ -273,18 +283,19 @@ class DraftController:
     The first steps try every K once, and again those that are not far behind. After that the best K by the estimates is
     taken, and a *probe* is a step with another:
 
-    * Larger K that would win if all drafts were accepted. At first `MIN_INTERVAL` steps apart; each that did not pay for
-      itself doubles the interval up to `MAX_INTERVAL`, one that did is followed by another at once. So text that has become
-      predictable is noticed within MAX_INTERVAL steps, or as many as the budget takes to pay for a probe if that is longer.
-    * Any other K, for its cost alone, when that was not measured for `REMEASURE_AFTER` steps.
+    * A larger K that would win if all drafts were accepted. At first `MIN_INTERVAL` steps apart; each that did not pay for
+      itself doubles the interval up to `MAX_INTERVAL`, one that did halves it and is followed by another at once. So text that
+      has become predictable is tried within MAX_INTERVAL steps, or as many as it takes to save for a probe if that is longer.
+    * Any other K, for its cost alone, when that was measured less than twice or not for `REMEASURE_AFTER` steps.
 
-    Each probe is paid from a budget: `EXPLORATION_SHARE` of the time served. Its price is the time by which it is expected to
-    fall behind the best K, given back when it did not. Among several the longest due by its price is taken, which gives each the
-    same share.
+    Each probe is paid from a budget, `EXPLORATION_SHARE` of the time served: the time by which it is expected to fall behind the
+    best K, corrected once its tokens are known. Among several, the one is taken for which age by price is largest, which gives
+    each the same share. New requests change nothing in this: they begin at the engine's rate and are probed with the rest.
     """
 
     EXPLORATION_SHARE = 0.02
-    BACKED_OFF_SHARE = 0.005
+    # Cheap probes are not held back to MAX_INTERVAL: this share of the time may go to them in any case.
+    BACKED_OFF_SHARE = 0.01
     # The budget saves no more than the share of so many steps.
     MAX_SAVED_STEPS = 512
     # In steps.
@@ -296,8 +307,9 @@ class DraftController:
 
     def __init__(self, draft_counts: Sequence[int]) -> None:
         """`draft_counts` are the compiled numbers of drafts, ascending from 0."""
-        assert draft_counts and draft_counts[0] == 0, draft_counts
-        assert all(a < b for a, b in zip(draft_counts, draft_counts[1:], strict=False)), draft_counts
+        assert draft_counts, "no number of drafts"
+        assert draft_counts[0] == 0, draft_counts
+        assert all(fewer < more for fewer, more in pairwise(draft_counts)), draft_counts
         self.draft_counts = tuple(draft_counts)
         self._arms = {count: arm for arm, count in enumerate(draft_counts)}
         self._curve = AcceptanceCurve(self.draft_counts[-1])
@@ -316,8 +328,8 @@ class DraftController:
     def choose(self, num_rows: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> int:
         """K for a step with these decode rows. `limits[i]` is the most drafts row i may have, 0 if it does not speculate.
 
-        `num_rows` is the step's number of decode rows by which its cost is known, padding included. The result is at most the
-        largest limit.
+        `num_rows` is the number of rows that the step's cost is known by, as `observe_step` is given it. The result is at most
+        the largest limit. A row for which the host knows that there is no proposal has limit 0.
         """
         most = max(limits, default=0)
         num_arms = sum(count <= most for count in self.draft_counts)
@@ -348,7 +360,7 @@ class DraftController:
         self._curve.refresh()
 
     def observe_round(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
-        """A row had its drafts verified. `num_drafts` is what it was asked for, K or its limit, even if less was proposed.
+        """A row had its drafts verified. `num_drafts` is what it was asked for, min(K, its limit), even if less was proposed.
 
         The rounds of a step are reported together, before the next choice after them.
         """
@@ -387,7 +399,9 @@ class DraftController:
                     return arm
         return None
 
-    def _explore(self, bucket: int, best: int, tokens: Sequence[float], seconds: Sequence[float], limits: Sequence[int]) -> int:
+    def _explore(
+        self, bucket: int, best: int, tokens: Sequence[float], seconds: Sequence[float], limits: Sequence[int]
+    ) -> int:
         """The arm of the probe that is due and can be paid; `best` if there is none."""
         best_rate = tokens[best] / seconds[best]
         chosen, price, highest_score = best, 0.0, 0.0
@@ -429,7 +443,8 @@ class DraftController:
             gain = probe.num_accepted - probe.num_needed
             self._budget += probe.price + gain * probe.seconds_per_token
             if gain >= 0.0:
-                self._interval = 1
+                self._interval = max(self._interval // 2, self.MIN_INTERVAL)
+                self._steps_since_probe = self.MAX_INTERVAL
             else:
                 self._interval = min(2 * self._interval, self.MAX_INTERVAL)
         elif probe.age > self.MAX_PROBE_AGE:

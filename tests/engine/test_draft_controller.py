@@ -1,0 +1,429 @@
+"""The choice of how many tokens to draft, on a simulated device.
+
+What a choice brings is counted without chance: each step adds its true cost and the tokens expected of the true rates. The
+controller sees noise: costs that vary by 5 %, a step in 200 that takes 100 times as long, drafts drawn one by one, and all
+of it one step late, since a step is scheduled while the one before it runs.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from quire.engine.draft_controller import Acceptance, DraftController, StepCosts
+
+DRAFT_COUNTS = (0, 1, 3, 7)
+MOST = DRAFT_COUNTS[-1]
+
+# Chances that drafts 1 to 7 are accepted, each given that those before it were.
+Rates = Sequence[float]
+# Seconds of a step by number of rows and of drafts.
+Cost = Callable[[int, int], float]
+
+
+def flat(rate: float) -> Rates:
+    return [rate] * MOST
+
+
+FAILS, GOOD, SURE = flat(0.0), flat(0.9), flat(1.0)
+DECLINING = [0.75, 0.68, 0.62, 0.58, 0.55, 0.52, 0.5]
+# An n-gram source that has a proposal in one round of ten, and then a good one: no proposal is a rejected first draft.
+SELDOM = [0.1, *[0.92] * (MOST - 1)]
+
+
+def cheap(num_rows: int, num_drafts: int) -> float:
+    return 0.01 * (1 + 0.03 * num_drafts)
+
+
+def medium(num_rows: int, num_drafts: int) -> float:
+    return 0.01 * (1 + 0.1 * num_drafts)
+
+
+def by_token(num_rows: int, num_drafts: int) -> float:
+    """At 64 rows 7 drafts cost 6.3 times what none cost; at 1 row, 1.3 times."""
+    return 0.004 + 0.0002 * num_rows * (num_drafts + 1)
+
+
+def expected_tokens(rates: Rates, num_drafts: int) -> float:
+    total = chance = 1.0
+    for rate in rates[:num_drafts]:
+        chance *= rate
+        total += chance
+    return total
+
+
+@dataclass
+class Result:
+    """What a run chose, and how its time compares with that of each fixed number of drafts for the same tokens."""
+
+    choices: list[int]
+    seconds: float
+    fixed_seconds: dict[int, float]
+
+    @property
+    def against_best(self) -> float:
+        return self.seconds / min(self.fixed_seconds.values())
+
+    @property
+    def against_none(self) -> float:
+        return self.seconds / self.fixed_seconds[0]
+
+
+class Device:
+    """A batch of requests, each replaced by a new one after `lifetime` rounds, and a controller that serves them."""
+
+    def __init__(
+        self, num_rows: int, cost: Cost, *, seed: int = 0, lifetime: int = 200, outliers: float = 0.005
+    ) -> None:
+        self.controller = DraftController(DRAFT_COUNTS)
+        self.cost = cost
+        self.chance = random.Random(seed)
+        self.lifetime = lifetime
+        self.outliers = outliers
+        self.rows = [self.controller.new_acceptance() for _ in range(num_rows)]
+        self.rounds_left = [1 + (idx + 1) * lifetime // num_rows for idx in range(num_rows)]
+        self.in_flight: Callable[[], None] | None = None
+
+    def step(self, rates: Sequence[Rates], limits: Sequence[int] | None = None, slowdown: float | None = None) -> int:
+        """One decode step of the first `len(rates)` rows; returns the choice."""
+        num_rows = len(rates)
+        rows = self.rows[:num_rows]
+        limits = limits or [MOST] * num_rows
+        num_drafts = self.controller.choose(num_rows, rows, limits)
+        if slowdown is None:
+            slowdown = 100.0 if self.chance.random() < self.outliers else 1.0
+        seconds = self.cost(num_rows, num_drafts) * self.chance.uniform(0.95, 1.05) * slowdown
+        asked = [min(num_drafts, limit) for limit in limits]
+        accepted = [self._draw(row, count) for row, count in zip(rates, asked, strict=True)]
+
+        def observe() -> None:
+            for row, count, num_accepted in zip(rows, asked, accepted, strict=True):
+                self.controller.observe_round(row, count, num_accepted)
+            self.controller.observe_step(num_rows, num_drafts, seconds)
+
+        before, self.in_flight = self.in_flight, observe
+        if before is not None:
+            before()
+        self._replace_finished(num_rows)
+        return num_drafts
+
+    def run(
+        self, phases: Sequence[Sequence[Rates]], steps: int, num_rows: Callable[[int], int] | None = None
+    ) -> Result:
+        """`steps` steps of each phase, which is the rates of each row; `num_rows` of the step leaves out the last rows."""
+        result = Result([], 0.0, dict.fromkeys(DRAFT_COUNTS, 0.0))
+        for step_idx in range(steps * len(phases)):
+            rates = phases[step_idx // steps]
+            rates = rates[: num_rows(step_idx)] if num_rows else rates
+            choice = self.step(rates)
+            seconds = {count: self.cost(len(rates), count) for count in DRAFT_COUNTS}
+            tokens = {count: sum(expected_tokens(row, count) for row in rates) for count in DRAFT_COUNTS}
+            result.choices.append(choice)
+            result.seconds += seconds[choice]
+            for count in DRAFT_COUNTS:
+                result.fixed_seconds[count] += tokens[choice] * seconds[count] / tokens[count]
+        return result
+
+    def _draw(self, rates: Rates, num_drafts: int) -> int:
+        num_accepted = 0
+        while num_accepted < num_drafts and self.chance.random() < rates[num_accepted]:
+            num_accepted += 1
+        return num_accepted
+
+    def _replace_finished(self, num_rows: int) -> None:
+        for idx in range(num_rows):
+            self.rounds_left[idx] -= 1
+            if self.rounds_left[idx] == 0:
+                self.rows[idx] = self.controller.new_acceptance()
+                self.rounds_left[idx] = self.lifetime
+
+
+def steps_until(choices: Sequence[int], is_right: Callable[[int], bool]) -> int:
+    """Steps before 18 of 20 in a row are right."""
+    for begin in range(len(choices) - 20):
+        if sum(map(is_right, choices[begin : begin + 20])) >= 18:
+            return begin
+    raise AssertionError("never")
+
+
+# ---- throughput
+
+TRAFFIC = {
+    "fails": [FAILS] * 64,
+    "seldom accepted": [flat(0.1)] * 64,
+    "half accepted": [flat(0.5)] * 64,
+    "good": [GOOD] * 64,
+    "always accepted": [SURE] * 64,
+    "declining with position": [DECLINING] * 64,
+    "one of three rows good": [(flat(0.95), flat(0.05), flat(0.05))[idx % 3] for idx in range(64)],
+    "good and middling rows": [(GOOD, flat(0.3))[idx % 2] for idx in range(64)],
+}
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 64])
+@pytest.mark.parametrize("cost", [cheap, medium, by_token])
+@pytest.mark.parametrize("traffic", TRAFFIC)
+def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_number(traffic, cost, num_rows):
+    result = Device(num_rows, cost).run([TRAFFIC[traffic][:num_rows]], 3000 if num_rows < 64 else 2000)
+    assert result.against_best <= 1.03
+
+
+@pytest.mark.parametrize("cost", [cheap, medium, by_token])
+@pytest.mark.parametrize(("num_rows", "most"), [(8, 1.03), (1, 1.06)])
+def test_a_source_that_seldom_proposes_is_used_where_it_pays(cost, num_rows, most):
+    """One row alone shows one success in ten rounds, so what is learned of it is uncertain for long."""
+    result = Device(num_rows, cost).run([[SELDOM] * num_rows], 4000)
+    assert result.against_best <= most
+    if cost is cheap:
+        assert result.against_none <= 0.9
+
+
+@pytest.mark.parametrize("cost", [cheap, medium, by_token])
+@pytest.mark.parametrize("rates", [FAILS, flat(0.02), flat(0.05)])
+@pytest.mark.parametrize("num_rows", [1, 4, 64])
+def test_where_drafts_fail_a_run_is_at_most_three_percent_slower_than_without_drafts(cost, rates, num_rows):
+    assert Device(num_rows, cost).run([[rates] * num_rows], 2000).against_none <= 1.03
+
+
+@pytest.mark.parametrize("cost", [cheap, medium, by_token])
+@pytest.mark.parametrize("phases", [(FAILS, GOOD), (GOOD, FAILS), (GOOD, flat(0.4))])
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_a_change_of_traffic_costs_at_most_three_percent_beside_the_best_number_of_each_half(cost, phases, num_rows):
+    result = Device(num_rows, cost).run([[rates] * num_rows for rates in phases], 2000)
+    halves = [result.choices[:2000], result.choices[2000:]]
+    best = 0.0
+    for rates, choices in zip(phases, halves, strict=True):
+        num_tokens = sum(expected_tokens(rates, choice) for choice in choices)
+        best += min(num_tokens * cost(num_rows, count) / expected_tokens(rates, count) for count in DRAFT_COUNTS)
+    assert result.seconds / best <= 1.03
+
+
+@pytest.mark.parametrize("rates", [FAILS, flat(0.3), flat(0.6), GOOD])
+@pytest.mark.parametrize("cost", [medium, by_token])
+def test_batch_sizes_that_change_all_the_time_cost_at_most_three_percent(rates, cost):
+    sizes = [3, 40, 64, 17, 5, 33]
+    result = Device(64, cost).run([[rates] * 64], 2000, lambda step_idx: sizes[step_idx // 37 % len(sizes)])
+    assert result.against_best <= 1.03
+
+
+# ---- how soon
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize(("rates", "right"), [(FAILS, 0), (SURE, 7)])
+def test_a_new_engine_has_found_the_right_number_after_twenty_steps(num_rows, rates, right):
+    choices = Device(num_rows, medium).run([[rates] * num_rows], 100).choices
+    assert steps_until(choices, lambda choice: choice == right) <= 20
+    assert any(choices[:4]), "it begins by drafting"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_rows", [1, 8])
+@pytest.mark.parametrize("cost", [cheap, medium, by_token])
+def test_text_that_becomes_predictable_is_noticed_within_a_hundred_steps(cost, num_rows, seed):
+    device = Device(num_rows, cost, seed=seed, lifetime=10**6)
+    choices = device.run([[FAILS] * num_rows, [GOOD] * num_rows], 1000).choices
+    assert sum(choices[900:1000]) < 20
+    assert steps_until(choices[1000:], lambda choice: choice >= 3) <= 100
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_request_of_a_few_that_begins_to_repeat_itself_is_noticed(seed):
+    device = Device(4, cheap, seed=seed, lifetime=10**6)
+    choices = device.run([[FAILS] * 4, [SURE, FAILS, FAILS, FAILS]], 1000).choices
+    assert steps_until(choices[1000:], lambda choice: choice == 7) <= 150
+
+
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_text_that_is_predictable_no_longer_is_drafted_for_less_within_fifty_steps_and_not_at_all_within_a_hundred(
+    num_rows,
+):
+    choices = Device(num_rows, medium, lifetime=10**6).run([[GOOD] * num_rows, [FAILS] * num_rows], 1000).choices
+    assert steps_until(choices[1000:], lambda choice: choice <= 1) <= 50
+    assert steps_until(choices[1000:], lambda choice: choice == 0) <= 100
+
+
+def test_new_requests_where_others_fail_are_not_drafted_for_more_than_old_ones():
+    def num_drafting(lifetime: int) -> int:
+        return sum(map(bool, Device(4, medium, lifetime=lifetime).run([[FAILS] * 4], 1000).choices))
+
+    assert num_drafting(5) <= num_drafting(10**6) + 5
+
+
+def test_probes_become_rarer_while_they_fail():
+    choices = Device(4, medium, outliers=0.0).run([[FAILS] * 4], 1000).choices
+    assert 1 <= sum(map(bool, choices[900:])) <= sum(map(bool, choices[:100])) / 3
+
+
+# ---- costs
+
+
+@pytest.mark.parametrize("slow_at", range(40))
+def test_one_step_that_takes_a_hundred_times_as_long_does_not_change_the_choice_for_long(slow_at):
+    """Not even in the first steps, when it is all that is known of a number of drafts."""
+    device = Device(8, medium, outliers=0.0)
+    choices = [device.step([DECLINING] * 8, slowdown=100.0 if idx == slow_at else 1.0) for idx in range(600)]
+    assert max(set(choices[300:]), key=choices[300:].count) == 3
+
+
+def test_one_slow_step_in_a_settled_engine_changes_nothing():
+    device = Device(8, medium, outliers=0.0)
+    settled = device.run([[SURE] * 8], 200).choices[-1]
+    choices = [device.step([SURE] * 8, slowdown=100.0 if idx == 5 else 1.0) for idx in range(40)]
+    assert settled == 7
+    assert choices.count(7) >= 38
+
+
+@pytest.mark.parametrize(("before", "after", "right"), [(cheap, lambda r, k: 0.01 * (1 + k), 0), (medium, cheap, 7)])
+def test_a_change_of_costs_is_followed(before, after, right):
+    device = Device(8, before)
+    device.run([[flat(0.7)] * 8], 1000)
+    device.cost = after
+    choices = device.run([[flat(0.7)] * 8], 1500).choices
+    assert choices[1000:].count(right) >= 450
+
+
+def test_what_was_measured_at_one_batch_size_tells_what_is_not_at_another():
+    costs = StepCosts(DRAFT_COUNTS)
+    for arm, seconds in enumerate([1.0, 1.5, 2.5, 4.0]):
+        costs.observe(8, arm, seconds)
+    costs.observe(64, 1, 3.0)
+    assert costs.estimates(costs.bucket(64)) == [2.0, 3.0, 5.0, 8.0]
+    assert costs.measured(costs.bucket(64)) == [None, 3.0, None, None]
+    assert costs.estimates(costs.bucket(500)) == [2.0, 3.0, 5.0, 8.0]
+
+
+def test_more_drafts_are_never_taken_to_cost_less():
+    costs = StepCosts(DRAFT_COUNTS)
+    for arm, seconds in enumerate([1.2, 1.0, 1.1, 90.0]):
+        costs.observe(4, arm, seconds)
+    estimates = costs.estimates(costs.bucket(3))
+    assert estimates == sorted(estimates)
+    assert estimates[-1] == 8.0, "eight steps without drafts bring as much"
+
+
+def test_the_cost_of_a_step_is_reported_once_it_was_measured():
+    controller = DraftController(DRAFT_COUNTS)
+    for seconds in (0.02, 5.0, 0.021):
+        controller.observe_step(6, 3, seconds)
+    assert controller.cost(8, 3) == 0.021
+    assert controller.cost(8, 1) is None
+    assert controller.cost(9, 3) is None
+
+
+# ---- acceptance
+
+
+def test_no_drafts_bring_one_token_and_more_drafts_bring_no_less():
+    device = Device(2, cheap)
+    device.run([[GOOD, flat(0.2)]], 300)
+    for row in (*device.rows, device.controller.acceptance, device.controller.new_acceptance()):
+        tokens = [row.expected_tokens(count) for count in range(MOST + 1)]
+        assert tokens[0] == 1.0
+        assert tokens == sorted(tokens)
+        assert all(value <= 1 + count for count, value in enumerate(tokens))
+
+
+@pytest.mark.parametrize("rates", [flat(0.3), flat(0.8), DECLINING, SELDOM])
+def test_expected_tokens_agree_with_what_happens(rates):
+    controller = DraftController(DRAFT_COUNTS)
+    chance = random.Random(1)
+    row = controller.new_acceptance()
+    for _ in range(4000):
+        num_accepted = 0
+        while num_accepted < MOST and chance.random() < rates[num_accepted]:
+            num_accepted += 1
+        controller.observe_round(row, MOST, num_accepted)
+        controller.observe_step(1, MOST, 0.01)
+    for count in DRAFT_COUNTS:
+        assert controller.acceptance.expected_tokens(count) == pytest.approx(expected_tokens(rates, count), rel=0.1)
+
+
+def test_rows_of_one_batch_are_told_apart_and_a_new_one_lies_between():
+    device = Device(2, cheap, lifetime=10**6)
+    device.run([[GOOD, flat(0.2)]], 300)
+    good, bad = (row.expected_tokens(MOST) for row in device.rows)
+    assert good == pytest.approx(expected_tokens(GOOD, MOST), rel=0.25)
+    assert bad == pytest.approx(expected_tokens(flat(0.2), MOST), rel=0.25)
+    assert bad < device.controller.new_acceptance().expected_tokens(MOST) < good
+
+
+def test_a_round_without_drafts_teaches_nothing():
+    controller = DraftController(DRAFT_COUNTS)
+    row = controller.new_acceptance()
+    before = [row.rate, controller.acceptance.rate]
+    controller.observe_round(row, 0, 0)
+    controller.observe_step(1, 0, 0.01)
+    assert [row.rate, controller.acceptance.rate] == before
+
+
+# ---- limits and replays
+
+
+def test_no_more_is_chosen_than_some_row_may_have_and_nothing_where_none_may():
+    device = Device(4, cheap)
+    chance = random.Random(2)
+    seen = set()
+    for _ in range(1000):
+        limits = [chance.choice((0, 0, 1, 2, 5, 7)) for _ in range(4)]
+        choice = device.step([GOOD] * 4, limits)
+        assert choice <= max(limits)
+        seen.add(choice)
+    assert seen == set(DRAFT_COUNTS)
+    assert device.step([GOOD] * 4, [0] * 4) == 0
+    assert device.controller.choose(0, [], []) == 0
+
+
+def test_rows_that_may_not_draft_count_in_the_cost_and_not_in_the_gain():
+    few, all_rows = Device(16, by_token), Device(16, by_token)
+    for _ in range(500):
+        with_few = few.step([SURE] * 16, [MOST] + [0] * 15)
+        with_all = all_rows.step([SURE] * 16)
+    assert (with_few, with_all) == (0, 7)
+
+
+def test_a_single_compiled_number_is_always_chosen():
+    controller = DraftController([0])
+    assert controller.choose(1, [controller.new_acceptance()], [7]) == 0
+
+
+def test_the_same_calls_give_the_same_choices():
+    def choices() -> list[int]:
+        return Device(8, medium, seed=3).run([TRAFFIC["one of three rows good"][:8], [FAILS] * 8], 500).choices
+
+    assert choices() == choices()
+
+
+@pytest.mark.parametrize("draft_counts", [[], [1, 3], [0, 3, 1], [0, 1, 1]])
+def test_a_set_that_is_not_ascending_from_zero_is_refused(draft_counts):
+    with pytest.raises(AssertionError):
+        DraftController(draft_counts)
+
+
+def test_more_accepted_than_drafted_is_refused():
+    controller = DraftController(DRAFT_COUNTS)
+    with pytest.raises(AssertionError):
+        controller.new_acceptance().observe(1, 2)
+
+
+@pytest.mark.parametrize(("num_rows", "most"), [(32, 20e-6), (256, 100e-6)])
+def test_a_choice_takes_microseconds(num_rows, most):
+    """The fastest of many calls in ten, since others use the machine as well; by a factor of 3, since it may be a slow one."""
+    device = Device(num_rows, medium)
+    limits = [7, 2] * (num_rows // 2)
+    fastest = []
+    for _ in range(10):
+        device.step([flat(0.5)] * num_rows, limits)
+        begin = time.perf_counter()
+        for _ in range(10):
+            device.controller.choose(num_rows, device.rows, limits)
+        fastest.append((time.perf_counter() - begin) / 10)
+    assert min(fastest) <= 3 * most
+
+
+def test_a_request_keeps_few_numbers():
+    assert len(Acceptance.__slots__) < 10
