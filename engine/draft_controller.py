@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 # Rates are rounded to this many steps, so that a batch's expected tokens are looked up rather than computed.
-NUM_LEVELS = 64
+NUM_LEVELS = 40
 HIGHEST_RATE = 0.995
 LOG_RATES = [math.log(min(level / NUM_LEVELS, HIGHEST_RATE)) for level in range(1, NUM_LEVELS + 1)]
 # What drafts are hoped to do before any was verified.
@@ -43,7 +43,7 @@ class AcceptanceCurve:
     PRIOR_TRIALS = 4.0
     EXPONENTS = (0.02, 20.0)
     # Relative change of an exponent for which the table is computed anew, which takes longer than all else.
-    TOLERANCE = 0.03
+    TOLERANCE = 0.05
 
     def __init__(self, max_drafts: int) -> None:
         self.max_drafts = max_drafts
@@ -134,7 +134,7 @@ class Acceptance:
     # Tested drafts after which one counts 1/e. By drafts and not by rounds, or long runs of accepted ones would outweigh
     # rejections for as many rounds as they are long.
     ROW_MEMORY = 48.0
-    ENGINE_MEMORY = 1000.0
+    ENGINE_MEMORY = 400.0
     # Tested drafts that the prior is worth.
     ROW_PRIOR_TRIALS = 10.0
     ENGINE_PRIOR_TRIALS = 3.0
@@ -254,9 +254,11 @@ class StepCosts:
         for other_bucket in sorted(self._medians, key=lambda other: (abs(other - bucket), -other)):
             theirs = self._medians[other_bucket]
             wanted = theirs[arm]
-            for reference in nearest_first if wanted is not None else ():
+            if wanted is None:
+                continue
+            for reference in nearest_first:
                 base = theirs[reference]
-                if base is not None and wanted is not None:
+                if base is not None:
                     return known[reference] * wanted / base
         reference = nearest_first[0]
         return known[reference] * self._assumed[arm] / self._assumed[reference]
@@ -346,7 +348,13 @@ class DraftController:
             self._steps_since_probe += 1
             arm = best
             if self._probe is None and self._budget > 0.0:
-                arm = self._explore(bucket, best, tokens, seconds, limits)
+                arm, price = self._pick_probe(bucket, best, tokens, seconds, sum(limits))
+                if arm != best:
+                    self._budget -= price
+                    self._steps_since_probe = 0
+                if arm > best:
+                    num_needed = rates[best] * seconds[arm] - len(rows) - self._accepted_anyway(best, rows, limits)
+                    self._probe = _Probe(self.draft_counts[best], num_needed, price, 1 / rates[best])
         return self.draft_counts[arm]
 
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
@@ -399,38 +407,33 @@ class DraftController:
                     return arm
         return None
 
-    def _explore(
-        self, bucket: int, best: int, tokens: Sequence[float], seconds: Sequence[float], limits: Sequence[int]
-    ) -> int:
-        """The arm of the probe that is due and can be paid; `best` if there is none."""
+    def _pick_probe(
+        self, bucket: int, best: int, tokens: Sequence[float], seconds: Sequence[float], sum_limits: int
+    ) -> tuple[int, float]:
+        """The arm of the probe that is due and can be paid, and its price in seconds; `best` and 0 if there is none."""
         best_rate = tokens[best] / seconds[best]
         chosen, price, highest_score = best, 0.0, 0.0
-        for arm in range(len(tokens)):
+        for arm, count in enumerate(self.draft_counts[: len(tokens)]):
             if arm == best:
                 continue
             age = self._costs.age(bucket, arm)
             is_old = age > self.REMEASURE_AFTER or not self._costs.is_sure(bucket, arm)
-            if is_old or self._could_win(arm, best, best_rate, seconds, limits):
+            most_tokens = tokens[0] + min(sum_limits, count * tokens[0])
+            if is_old or (arm > best and most_tokens > best_rate * seconds[arm]):
                 loss = max(seconds[arm] - tokens[arm] / best_rate, 0.01 * seconds[arm])
                 score = min(age, self.REMEASURE_AFTER) / loss
                 if score > highest_score:
                     chosen, price, highest_score = arm, loss, score
         wait = min(self._interval, price / (self.BACKED_OFF_SHARE * seconds[best]))
-        if chosen == best or price > self._budget or self._steps_since_probe < wait:
-            return best
-        self._budget -= price
-        self._steps_since_probe = 0
-        if chosen > best:
-            num_needed = best_rate * seconds[chosen] - len(limits)
-            self._probe = _Probe(self.draft_counts[best], num_needed, price, 1 / best_rate)
-        return chosen
+        if price > self._budget or self._steps_since_probe < wait:
+            return best, 0.0
+        return chosen, price
 
-    def _could_win(
-        self, arm: int, best: int, best_rate: float, seconds: Sequence[float], limits: Sequence[int]
-    ) -> bool:
-        """Whether an arm with more drafts than the best would be better if all of them were accepted."""
-        count = self.draft_counts[arm]
-        return arm > best and len(limits) + sum([min(limit, count) for limit in limits]) > best_rate * seconds[arm]
+    def _accepted_anyway(self, best: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> float:
+        """Drafts expected to be accepted of rows whose limits a wider step than the best does not reach."""
+        count = self.draft_counts[best]
+        narrow = [row.expected_tokens(limit) - 1.0 for row, limit in zip(rows, limits, strict=True) if limit <= count]
+        return sum(narrow)
 
     def _judge_probe(self) -> None:
         """Sets when to probe next, once the rounds of the last probe are there."""

@@ -23,6 +23,7 @@ HOST_SIDE = (
     "admission",
     "block_pool",
     "detokenizer",
+    "draft_controller",
     "kv_cache_manager",
     "outputs",
     "request",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from quire.engine.draft_controller import Acceptance, DraftController, StepCosts
+from quire.engine.draft_controller import DraftController, StepCosts
 
 DRAFT_COUNTS = (0, 1, 3, 7)
 MOST = DRAFT_COUNTS[-1]
@@ -173,7 +173,7 @@ def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_
 
 
 @pytest.mark.parametrize("cost", [cheap, medium, by_token])
-@pytest.mark.parametrize(("num_rows", "most"), [(8, 1.03), (1, 1.06)])
+@pytest.mark.parametrize(("num_rows", "most"), [(8, 1.03), (1, 1.04)])
 def test_a_source_that_seldom_proposes_is_used_where_it_pays(cost, num_rows, most):
     """One row alone shows one success in ten rounds, so what is learned of it is uncertain for long."""
     result = Device(num_rows, cost).run([[SELDOM] * num_rows], 4000)
@@ -227,7 +227,7 @@ def test_a_new_engine_has_found_the_right_number_after_twenty_steps(num_rows, ra
 def test_text_that_becomes_predictable_is_noticed_within_a_hundred_steps(cost, num_rows, seed):
     device = Device(num_rows, cost, seed=seed, lifetime=10**6)
     choices = device.run([[FAILS] * num_rows, [GOOD] * num_rows], 1000).choices
-    assert sum(choices[900:1000]) < 20
+    assert sum(choice >= 3 for choice in choices[900:1000]) <= 10
     assert steps_until(choices[1000:], lambda choice: choice >= 3) <= 100
 
 
@@ -238,13 +238,20 @@ def test_one_request_of_a_few_that_begins_to_repeat_itself_is_noticed(seed):
     assert steps_until(choices[1000:], lambda choice: choice == 7) <= 150
 
 
-@pytest.mark.parametrize("num_rows", [1, 8])
-def test_text_that_is_predictable_no_longer_is_drafted_for_less_within_fifty_steps_and_not_at_all_within_a_hundred(
-    num_rows,
-):
+def test_rows_that_become_predictable_are_noticed_beside_rows_that_may_have_fewer_drafts():
+    device = Device(8, cheap, lifetime=10**6)
+    limits = [1] * 6 + [MOST] * 2
+    for _ in range(1000):
+        device.step([SURE] * 6 + [FAILS] * 2, limits)
+    choices = [device.step([SURE] * 8, limits) for _ in range(300)]
+    assert steps_until(choices, lambda choice: choice == 7) <= 100
+
+
+@pytest.mark.parametrize(("num_rows", "within"), [(1, 200), (8, 100)])
+def test_text_that_is_predictable_no_longer_is_drafted_for_little_soon_and_not_at_all_later(num_rows, within):
     choices = Device(num_rows, medium, lifetime=10**6).run([[GOOD] * num_rows, [FAILS] * num_rows], 1000).choices
     assert steps_until(choices[1000:], lambda choice: choice <= 1) <= 50
-    assert steps_until(choices[1000:], lambda choice: choice == 0) <= 100
+    assert steps_until(choices[1000:], lambda choice: choice == 0) <= within
 
 
 def test_new_requests_where_others_fail_are_not_drafted_for_more_than_old_ones():
@@ -423,7 +430,3 @@ def test_a_choice_takes_microseconds(num_rows, most):
             device.controller.choose(num_rows, device.rows, limits)
         fastest.append((time.perf_counter() - begin) / 10)
     assert min(fastest) <= 3 * most
-
-
-def test_a_request_keeps_few_numbers():
-    assert len(Acceptance.__slots__) < 10
