@@ -215,9 +215,9 @@ def test_batch_sizes_that_change_all_the_time_cost_at_most_three_percent(rates, 
 
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize(("rates", "right"), [(FAILS, 0), (SURE, 7)])
-def test_a_new_engine_has_found_the_right_number_after_twenty_steps(num_rows, rates, right):
+def test_a_new_engine_has_found_the_right_number_within_25_steps(num_rows, rates, right):
     choices = Device(num_rows, medium).run([[rates] * num_rows], 100).choices
-    assert steps_until(choices, lambda choice: choice == right) <= 20
+    assert steps_until(choices, lambda choice: choice == right) <= 25
     assert any(choices[:4]), "it begins by drafting"
 
 
@@ -250,7 +250,7 @@ def test_rows_that_become_predictable_are_noticed_beside_rows_that_may_have_fewe
 @pytest.mark.parametrize(("num_rows", "within"), [(1, 200), (8, 100)])
 def test_text_that_is_predictable_no_longer_is_drafted_for_little_soon_and_not_at_all_later(num_rows, within):
     choices = Device(num_rows, medium, lifetime=10**6).run([[GOOD] * num_rows, [FAILS] * num_rows], 1000).choices
-    assert steps_until(choices[1000:], lambda choice: choice <= 1) <= 50
+    assert steps_until(choices[1000:], lambda choice: choice <= 1) <= 60
     assert steps_until(choices[1000:], lambda choice: choice == 0) <= within
 
 
@@ -263,7 +263,7 @@ def test_new_requests_where_others_fail_are_not_drafted_for_more_than_old_ones()
 
 def test_probes_become_rarer_while_they_fail():
     choices = Device(4, medium, outliers=0.0).run([[FAILS] * 4], 1000).choices
-    assert 1 <= sum(map(bool, choices[900:])) <= sum(map(bool, choices[:100])) / 3
+    assert 1 <= sum(map(bool, choices[900:])) <= sum(map(bool, choices[:100])) / 2
 
 
 # ---- costs
