@@ -42,12 +42,14 @@ def with_sampling(decode: Sequence[StepShape], mixed: Sequence[StepShape], limit
 def with_drafts(shapes: Sequence[StepShape], limits: ShapeLimits) -> list[StepShape]:
     """The shapes, and those of speculation: each decode step once more for every number of drafts, and the draft model's own prefill.
 
-    The full sampler, which few requests need, is compiled for the fewest and the most drafts.
+    Noise costs little beside what a step with drafts computes, so none is compiled for greedy rows alone; the full sampler, which few
+    requests need, is compiled for the fewest and the most drafts.
     """
     counts = limits.draft_counts
     if not counts:
         return list(shapes)
-    decode = [shape for shape in shapes if shape.prefill_tiles == 0]
+    least = min(SamplingMode.RANDOM, limits.most_sampling)
+    decode = [shape for shape in shapes if shape.prefill_tiles == 0 and shape.sampling >= least]
     speculative = [
         dataclasses.replace(shape, num_drafts=count)
         for shape in decode
