@@ -121,19 +121,22 @@ class EngineCore:
         dispatched = self._in_flight.popleft()
         with self.seconds.measure("wait"):
             self.runner.wait(dispatched)
-        self._observe_seconds(dispatched)
+        seconds = self._seconds_of(dispatched)
         if not self._in_flight:
             self._idle.drained()
         with self.seconds.measure("update"):
-            return self.scheduler.update_from_output(dispatched.step, self.runner.read(dispatched))
+            outputs = self.scheduler.update_from_output(dispatched.step, self.runner.read(dispatched))
+        if self.scheduler.drafts is not None:
+            num_tokens = sum(len(output.new_token_ids) for output in outputs)
+            self.scheduler.drafts.observe_step(dispatched.step, seconds, num_tokens)
+        return outputs
 
-    def _observe_seconds(self, dispatched: Dispatched) -> None:
-        """Tells speculation what the step cost: from the end of the one before, or from its launch where the device was idle."""
+    def _seconds_of(self, dispatched: Dispatched) -> float:
+        """How long a step took that has just ended: from the end of the one before, or from its launch where the device was idle."""
         done = time.perf_counter()
         begin = max(self._last_done, dispatched.launched_at)
         self._last_done = done
-        if self.scheduler.drafts is not None and not dispatched.step.prefill:
-            self.scheduler.drafts.observe_step(dispatched.step, done - begin)
+        return done - begin
 
     def configure(self, changes: Mapping[str, object]) -> LiveSettings:
         """Changes scheduler settings while serving; requests already queued keep their place. Returns what holds now.

@@ -37,6 +37,10 @@ class DraftPolicy(Protocol):
         """A row had so many drafts verified, or asked for in vain."""
         ...
 
+    def cost(self, num_rows: int, num_drafts: int) -> float | None:
+        """Seconds that a round takes, as far as known; None also where that does not matter."""
+        ...
+
 
 class FixedDrafts:
     """Always the same number."""
@@ -55,6 +59,40 @@ class FixedDrafts:
 
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
         pass
+
+    def cost(self, num_rows: int, num_drafts: int) -> float | None:
+        return None
+
+
+class CatchUpAccount:
+    """Whether draft models may catch up: what that costs is to be earned again by the steps that it makes faster.
+
+    A prompt that is long beside its answer can cost a draft model more than it saves, and nobody knows the length of an answer
+    before. So what steps with drafts save is put into an account, what they lose is taken out, and while it is overdrawn nobody
+    else catches up. A small share of the time served is credited besides, so that it is tried again.
+    """
+
+    SHARE = 0.02
+    MOST_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not overdrawn."""
+        return self.seconds >= 0.0
+
+    def served(self, seconds: float) -> None:
+        """Any step took so long."""
+        self._add(self.SHARE * seconds)
+
+    def saved(self, seconds: float) -> None:
+        """A step with drafts, its catching up included, took so much less than its tokens would have taken; below 0 it is a loss."""
+        self._add(seconds)
+
+    def _add(self, seconds: float) -> None:
+        self.seconds = min(self.seconds + seconds, self.MOST_SECONDS)
 
 
 @dataclass
@@ -91,20 +129,42 @@ class DraftScheduler:
         self._has_draft_cache = has_draft_cache
         self._tile_size = tile_size
         self._max_tiles = max_tiles
-        self._tiles_left = 0
+        self._account = CatchUpAccount()
+        # Of the step that is being planned: who is drafted for, and how many tiles each catches up with.
+        self._ready: set[str] = set()
+        self._num_tiles: dict[str, int] = {}
 
     def begin_step(self, requests: Sequence[Request], *, may_draft: bool) -> int:
         """How many tokens to draft in a step whose decode rows are those of `requests`."""
-        self._tiles_left = self._max_tiles
+        self._ready.clear()
+        self._num_tiles.clear()
         self.num_drafts = 0
-        if may_draft and requests:
-            acceptances = [request.draft_acceptance for request in requests]
-            self.num_drafts = self.policy.choose(len(requests), acceptances, [r.max_drafts for r in requests])
+        if not (may_draft and requests):
+            return 0
+        limits = [request.max_drafts if self._may_draft(request) else 0 for request in requests]
+        wanted = self.policy.choose(len(requests), [request.draft_acceptance for request in requests], limits)
+        if wanted:
+            tiles_left = self._max_tiles
+            for request, limit in zip(requests, limits, strict=True):
+                if limit:
+                    tiles_left = self._make_ready(request, tiles_left)
+        # Rows that only catch up need no wider step.
+        self.num_drafts = wanted if self._ready else 0
         return self.num_drafts
 
+    def _make_ready(self, request: Request, tiles_left: int) -> int:
+        """Lets a row draft, or catch up first as far as there are tiles; how many are left."""
+        num_tiles = self._num_tiles_behind(request)
+        num_taken = min(num_tiles, tiles_left)
+        if num_taken:
+            self._num_tiles[request.request_id] = num_taken
+        if num_taken == num_tiles:
+            self._ready.add(request.request_id)
+        return tiles_left - num_taken
+
     def num_drafts_for(self, request: Request) -> int:
-        """Most tokens to draft for a row of the step: fewer where it may not have as many, will end before, or cannot be made ready."""
-        if self._has_draft_cache and self._lag(request) > MAX_DRAFT_LAG and self._num_tiles(request) > self._tiles_left:
+        """Most tokens to draft for a row of the step: fewer where it may not have as many, will end before, or is not ready."""
+        if request.request_id not in self._ready:
             return 0
         # The last token that may come is sampled, not drafted.
         return min(self.num_drafts, request.max_drafts, max(request.max_total_tokens - request.least_tokens - 1, 0))
@@ -115,6 +175,7 @@ class DraftScheduler:
         if self._has_draft_cache:
             request.num_drafted = self._kv_cache.num_drafted(request, 0)
         request.draft_lag = len(request.token_ids) - request.num_drafted
+        request.is_catching_up = False
 
     def planned(self, request: Request, num_drafts: int, num_steps: int) -> CatchUp | None:
         """The request's row is part of the step, with so many drafts in each of its `num_steps` rounds. What has to be computed before.
@@ -123,9 +184,8 @@ class DraftScheduler:
         """
         if not self._has_draft_cache:
             return None
-        catch_up = None
-        if self.num_drafts and request.max_drafts and self._lag(request) > MAX_DRAFT_LAG:
-            catch_up = self._catch_up(request)
+        num_tiles = self._num_tiles.get(request.request_id, 0)
+        catch_up = self._catch_up(request, num_tiles) if num_tiles else None
         if num_drafts:
             assert request.draft_lag <= MAX_DRAFT_LAG, request
             request.draft_lag = 2
@@ -137,6 +197,11 @@ class DraftScheduler:
         """A prompt's end was computed, and brings a token."""
         request.draft_lag += 1
 
+    def _may_draft(self, request: Request) -> bool:
+        """Whether the row needs no catching up, or may have it; who has begun comes to the end."""
+        is_paid = not self._has_draft_cache or self._account.is_open or request.is_catching_up
+        return is_paid or self._lag(request) <= MAX_DRAFT_LAG
+
     def _lag(self, request: Request) -> int:
         """At most so many of the newest tokens are missing in the draft model's cache; others may have filled shared blocks meanwhile."""
         if request.draft_lag > MAX_DRAFT_LAG:
@@ -145,27 +210,33 @@ class DraftScheduler:
                 self._advance(request, start)
         return request.draft_lag
 
-    def _num_tiles(self, request: Request) -> int:
+    def _num_tiles_behind(self, request: Request) -> int:
+        if not self._has_draft_cache or self._lag(request) <= MAX_DRAFT_LAG:
+            return 0
         return -(-(request.most_tokens - 1 - request.num_drafted) // self._tile_size)
 
-    def _catch_up(self, request: Request) -> CatchUp | None:
+    def _catch_up(self, request: Request, num_tiles: int) -> CatchUp:
         start, end = request.num_drafted, request.most_tokens - 1
-        num_wanted = self._num_tiles(request)
-        num_tiles = min(num_wanted, self._tiles_left)
-        if num_tiles <= 0:
-            return None
-        self._tiles_left -= num_tiles
         # What is surely there afterwards: as far as the tiles reach, of the tokens that there surely are and that are known.
         reached = min(request.least_tokens - 1, len(request.token_ids), start + num_tiles * self._tile_size)
         self.counters.num_catch_up_tokens += max(reached - start, 0)
         self._advance(request, reached)
-        if num_tiles == num_wanted:
+        request.is_catching_up = request.request_id not in self._ready
+        if not request.is_catching_up:
             request.draft_lag = 1
         return CatchUp(request.slot, start, end + 1, num_tiles)
 
-    def observe_step(self, step: SchedulerOutput, seconds: float) -> None:
-        """A step of decode rows took so long, catching up included."""
-        self.policy.observe_step(len(step.decode), step.num_drafts, seconds / step.num_decode_steps)
+    def observe_step(self, step: SchedulerOutput, seconds: float, num_tokens: int) -> None:
+        """A step took so long, catching up included, and brought so many tokens."""
+        self._account.served(seconds)
+        if step.prefill:
+            return
+        num_rows = len(step.decode)
+        if not step.catch_up:  # whose cost is in the account, and in no round's
+            self.policy.observe_step(num_rows, step.num_drafts, seconds / step.num_decode_steps)
+        plain_cost = self.policy.cost(num_rows, 0) if step.num_drafts or step.catch_up else None
+        if plain_cost is not None:
+            self._account.saved(num_tokens / num_rows * plain_cost - seconds)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""

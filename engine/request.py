@@ -43,6 +43,7 @@ class Request:
         "end_ids",
         "eos_token_ids",
         "first_scheduled_time",
+        "is_catching_up",
         "max_drafts",
         "max_total_tokens",
         "min_total_tokens",
@@ -100,6 +101,7 @@ class Request:
         # Leading tokens that the draft model's cache has at least, and how many of the newest it lacks at most.
         self.num_drafted = 0
         self.draft_lag = 0
+        self.is_catching_up = False
         # Owned by the KV cache manager.
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

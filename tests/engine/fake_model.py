@@ -349,6 +349,8 @@ class Setup:
 class DraftsInTurn:
     """A policy that goes through a list of numbers, whatever comes of them."""
 
+    plain_cost: float | None = None
+
     def __init__(self, counts: tuple[int, ...]) -> None:
         self._counts = itertools.cycle(counts)
 
@@ -357,13 +359,17 @@ class DraftsInTurn:
 
     def choose(self, num_rows: int, rows: Sequence[None], limits: Sequence[int]) -> int:
         assert num_rows == len(rows) == len(limits)
-        return next(self._counts)
+        return next(self._counts) if any(limits) else 0
 
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         pass
 
     def observe_round(self, acceptance: None, num_drafts: int, num_accepted: int) -> None:
         assert 0 <= num_accepted <= num_drafts
+
+    def cost(self, num_rows: int, num_drafts: int) -> float | None:
+        assert num_drafts == 0
+        return self.plain_cost
 
 
 STEP_SECONDS = 0.01
@@ -438,6 +444,8 @@ class Simulation:
             sliding_window=setup.sliding_window,
             has_draft_cache=setup.has_draft_cache,
         )
+        self.seconds_of: Callable[[SchedulerOutput], float] = lambda _: STEP_SECONDS
+        self.seconds = 0.0
         self.steps: list[SchedulerOutput] = []
         self.gathered: dict[str, Gathered] = {}
         self.finished: list[str] = []
@@ -465,9 +473,14 @@ class Simulation:
             self.steps.append(scheduled)
             self._in_flight.append((scheduled, self.device.execute(scheduled)))
         if self._in_flight and (scheduled is None or len(self._in_flight) > self.setup.max_in_flight):
-            for output in self.scheduler.update_from_output(*self._in_flight.popleft()):
+            done, result = self._in_flight.popleft()
+            outputs = self.scheduler.update_from_output(done, result)
+            for output in outputs:
                 self._gather(output)
             self.scheduler.check()
+            if self.scheduler.drafts is not None:
+                num_tokens = sum(len(output.new_token_ids) for output in outputs)
+                self.scheduler.drafts.observe_step(done, self.seconds_of(done), num_tokens)
         return scheduled
 
     def run(self, max_steps: int, between: Callable[[int], None] = lambda _: None) -> None:

@@ -357,7 +357,7 @@ def _forget_to_forget_drafted_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 def _take_lagging_drafts_for_ready(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(DraftScheduler, "_lag", lambda self, request: 1)
+    patch.setattr(DraftScheduler, "_num_tiles_behind", lambda self, request: 0)
 
 
 @pytest.mark.parametrize(

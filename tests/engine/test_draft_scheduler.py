@@ -1,0 +1,82 @@
+"""What is decided about drafts on the host: limits of rows, and that catching up is paid for by what it brings."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.engine.step_data import SchedulerOutput
+from tests.engine.fake_model import DraftsInTurn, Setup, Simulation, make_request
+
+PROMPT_LEN, CATCH_UP_COST = 40, 0.1
+
+
+def _serve(num_output: int, draft_counts: tuple[int, ...] = (3,), *, num_requests: int) -> Simulation:
+    """Requests of long prompts, one after the other. A plain step takes a second, one with three drafts hardly more, and a draft model
+    a tenth of one for each token that it catches up with."""
+    simulation = Simulation(
+        Setup(
+            num_blocks=200,
+            draft_counts=draft_counts,
+            has_draft_cache=True,
+            enable_prefix_caching=False,
+            max_model_len=128,
+        )
+    )
+
+    def seconds_of(step: SchedulerOutput) -> float:
+        tokens = sum(min(row.num_tiles * 4, row.end - 1 - row.start) for row in step.catch_up)
+        simulation.seconds += (seconds := 1.0 + 0.02 * bool(step.num_drafts) + CATCH_UP_COST * tokens)
+        return seconds
+
+    simulation.seconds_of = seconds_of
+    arrivals = iter(range(num_requests))
+
+    def between(_: int) -> None:
+        while not simulation.scheduler.requests and (idx := next(arrivals, None)) is not None:
+            prompt = [(idx * 7 + place * place) % 11 + 1 for place in range(PROMPT_LEN)]
+            simulation.add(make_request(f"r{idx}", prompt, max_tokens=num_output, arrival_time=simulation.now))
+
+    between(0)
+    simulation.run(100_000, between)
+    return simulation
+
+
+@pytest.fixture(autouse=True)
+def _known_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DraftsInTurn, "plain_cost", 1.0)
+
+
+def test_long_prompts_with_short_answers_are_not_caught_up_for() -> None:
+    """Three tokens of output save less than 40 tokens of prompt cost: the loss stays near the share that trying may cost."""
+    simulation = _serve(3, num_requests=400)
+    num_caught_up = simulation.device.num_caught_up
+    assert 0 < num_caught_up < 0.25 * 400 * PROMPT_LEN
+    assert simulation.seconds < 1.03 * len(_serve(3, (), num_requests=400).steps)
+
+
+def test_long_answers_are_caught_up_for() -> None:
+    simulation = _serve(60, num_requests=100)
+    assert simulation.device.num_caught_up > 0.95 * 100 * PROMPT_LEN
+    assert simulation.seconds < 0.7 * len(_serve(60, (), num_requests=100).steps)
+
+
+def test_a_request_is_drafted_for_as_it_asks() -> None:
+    simulation = Simulation(Setup(draft_counts=(4,), max_model_len=64))
+    for idx, limit in enumerate((None, 0, 2, 9)):
+        simulation.add(make_request(f"r{idx}", [idx + 1] * 3, max_tokens=30, num_speculative_tokens=limit))
+    simulation.run(200)
+    drafted = {f"r{idx}": set[int]() for idx in range(4)}
+    for step in simulation.steps:
+        for row in step.decode:
+            drafted[row.request_id].add(row.num_drafts)
+    assert {request_id: max(counts) for request_id, counts in drafted.items()} == {"r0": 4, "r1": 0, "r2": 2, "r3": 4}
+
+
+def test_nobody_loses_blocks_for_drafts() -> None:
+    """With room for what rows surely need, and not for drafts, nobody is preempted."""
+    setup = Setup(num_blocks=1 + 2 * 5, max_num_seqs=2, max_model_len=20, draft_counts=(8,), block_size=4)
+    simulation = Simulation(setup)
+    for idx in range(2):
+        simulation.add(make_request(f"r{idx}", [idx + 1] * 4, max_tokens=16))
+    simulation.run(100)
+    assert simulation.scheduler.counters.num_preemptions == 0
