@@ -103,7 +103,11 @@ def engine(
     defaults = {"max_num_seqs": 4, "max_model_len": 160, "dtype": "float32"}
     speculative = None if draft is None else draft_config(draft, num_drafts, target, adaptive=adaptive)
     return LLM(
-        str(checkpoint(target)), backend=backend, tokenizer="demo", speculative_config=speculative, **{**defaults, **settings}
+        str(checkpoint(target)),
+        backend=backend,
+        tokenizer="demo",
+        speculative_config=speculative,
+        **{**defaults, **settings},
     )
 
 

@@ -46,9 +46,7 @@ PARAMS = [
     for idx, kind in enumerate(KINDS)
 ]
 LENGTHS = (1, 5, 31, 32, 33, 70, 2, 9, 40, 20, 64, 3, 8, 100, 130)
-PROMPTS = [
-    (SHARED if idx % 3 == 1 else []) + RNG.integers(3, 101, LENGTHS[idx]).tolist() for idx in range(len(PARAMS))
-]
+PROMPTS = [(SHARED if idx % 3 == 1 else []) + RNG.integers(3, 101, LENGTHS[idx]).tolist() for idx in range(len(PARAMS))]
 PROMPTS[0], PROMPTS[3] = [7], [11, 12, 13, 14] * 9
 
 FAST: list[tuple[str, int, dict[str, Any]]] = [
@@ -84,7 +82,11 @@ EVERY_SETTING: list[dict[str, Any]] = [
     {"target": "windowed", "kernels": XLA_KERNELS, "scan_layers": True},
     {"target": "windowed_and_full"},
 ]
-EVERYTHING = [(draft, 1 + (3 * idx + jdx) % 8, changes) for idx, draft in enumerate(DRAFTS) for jdx, changes in enumerate(EVERY_SETTING)]
+EVERYTHING = [
+    (draft, 1 + (3 * idx + jdx) % 8, changes)
+    for idx, draft in enumerate(DRAFTS)
+    for jdx, changes in enumerate(EVERY_SETTING)
+]
 
 
 def name_of(case: Any) -> str:
@@ -185,7 +187,9 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.7])),
         presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.0, -0.5])),
         frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.6, -0.3])),
-        logit_bias=draw(st.none() | st.dictionaries(st.integers(0, 100), st.sampled_from([-100.0, -2.0, 4.0]), max_size=4)),
+        logit_bias=draw(
+            st.none() | st.dictionaries(st.integers(0, 100), st.sampled_from([-100.0, -2.0, 4.0]), max_size=4)
+        ),
         allowed_token_ids=allowed,
         stop_token_ids=draw(st.just([]) | some_tokens),
         max_tokens=max_tokens,
@@ -265,10 +269,14 @@ TEXTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("config", [
-    '{"method": "draft_model", "model": "demo-draft", "num_speculative_tokens": 4, "adaptive": false}',
-    '{"method": "ngram", "num_speculative_tokens": 5, "adaptive": false, "prompt_lookup_min": 1}',
-], ids=["demo-draft", "ngram"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"method": "draft_model", "model": "demo-draft", "num_speculative_tokens": 4, "adaptive": false}',
+        '{"method": "ngram", "num_speculative_tokens": 5, "adaptive": false, "prompt_lookup_min": 1}',
+    ],
+    ids=["demo-draft", "ngram"],
+)
 def test_texts_with_speculation_are_those_without(config: str) -> None:
     """Stop strings within a round, bad words, and the end of a text, by models that know what they say."""
     params = [SamplingParams(**kind) for kind in TEXTS]
@@ -292,7 +300,9 @@ def assert_counted(outputs: list[RequestOutput], before: Any, after: Any) -> Non
         assert sum(getattr(output.metrics, name) for output in outputs) == getattr(after, name) - getattr(before, name)
     positions = len(after.num_accepted_per_pos)
     per_pos = np.subtract(after.num_accepted_per_pos, before.num_accepted_per_pos)
-    counted = [np.pad(o.metrics.num_accepted_per_pos, (0, positions - len(o.metrics.num_accepted_per_pos))) for o in outputs]
+    counted = [
+        np.pad(o.metrics.num_accepted_per_pos, (0, positions - len(o.metrics.num_accepted_per_pos))) for o in outputs
+    ]
     np.testing.assert_array_equal(np.sum(counted, axis=0), per_pos)
     assert per_pos.sum() == after.num_accepted_tokens - before.num_accepted_tokens
     for counts in (per_pos, *counted):
