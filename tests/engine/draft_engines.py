@@ -1,4 +1,4 @@
-"""Engines that speculate, for tests: tiny checkpoints on disk, drafts of every quality, and one engine per setting for the whole session."""
+"""Engines that speculate, for tests: tiny checkpoints on disk, drafts of every quality, one engine per setting for the whole session."""
 
 import dataclasses
 import functools
@@ -82,6 +82,12 @@ def draft_config(draft: str, num_drafts: int, target: str = "llama", **changes: 
         "other family": lambda: checkpoint("windowed_and_full" if target == "llama" else "llama"),
     }
     return json.dumps({"method": "draft_model", "model": str(folders[draft]()), **common})
+
+
+def model_config(folder: Path, num_drafts: int, **changes: Any) -> str:
+    """The same for a draft model of one's own."""
+    common = {"num_speculative_tokens": num_drafts, "adaptive": False, **changes}
+    return json.dumps({"method": "draft_model", "model": str(folder), **common})
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What drafting rests on: two samplers with the same noise mostly agree and never bend the target's distribution; text that repeats is found.
+"""What drafting rests on: samplers with the same noise mostly agree and never bend the target's distribution; repeated text is found.
 
 R rows, L places for tokens, K drafts.
 """

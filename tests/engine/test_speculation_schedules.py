@@ -90,7 +90,9 @@ def assert_all_are_as_alone(name: str, arrivals: list[tuple[int, int]], aborts: 
     drafted, accepted = (
         getattr(after, counter) - getattr(before, counter) for counter in ("num_draft_tokens", "num_accepted_tokens")
     )
-    if draft == "itself":
+    assert accepted <= drafted
+    # Where a window has taken blocks away before the draft model read them, it drafts from what it has.
+    if draft == "itself" and "target" not in changes:
         assert accepted == drafted, "the target's own drafts are what it samples, whatever its cache went through"
 
 
