@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from quire.engine.tokenizer import has_tokenizer, load_tokenizer
 from quire.kernels.errors import InvalidConfigError
+from quire.models.checkpoint import resolve_model
 from quire.models.config import ModelConfig
 
 Method = Literal["draft_model", "ngram", "eagle3"]
@@ -107,9 +108,9 @@ def check_vocabularies(
     """Raises InvalidConfigError with both vocabularies where a draft model's token ids do not mean what the target's mean.
 
     Where one of the folders has no tokenizer, as random models have none, sizes are all that can be compared. `tokenizer` is a
-    folder that takes the place of the target's own.
+    folder or a name of one that takes the place of the target's own.
     """
-    folders = (Path(tokenizer) if tokenizer else target_folder, draft_folder)
+    folders = (resolve_model(tokenizer) if tokenizer else target_folder, draft_folder)
     if not all(map(has_tokenizer, folders)):
         if target.vocab_size != draft.vocab_size:
             raise InvalidConfigError(
