@@ -140,10 +140,14 @@ def _plan_draft(settings: EngineConfig, target: ModelPlan) -> ModelPlan | None:
         return None
     folder = resolve_model(speculation.model)
     quantization = speculation.quantization or settings.model.quantization
-    if speculation.method == "eagle3":
-        draft = ModelPlan.of_head(folder, target, settings, quantization)
-    else:
-        draft = ModelPlan.make(folder, settings, target.backend, target.mesh, quantization, target.dtype)
+    try:
+        if speculation.method == "eagle3":
+            draft = ModelPlan.of_head(folder, target, settings, quantization)
+        else:
+            draft = ModelPlan.make(folder, settings, target.backend, target.mesh, quantization, target.dtype)
+    except InvalidConfigError as error:
+        raise InvalidConfigError(f"the draft model in {folder}: {error}") from error
+    if speculation.method != "eagle3":
         check_vocabularies(target.folder, target.model, folder, draft.model, settings.model.tokenizer)
     logger.info("kernels of the draft model: %s", draft.ops.describe().replace("\n", ", "))
     return draft
