@@ -1,17 +1,19 @@
 """Engines that speculate, for tests: tiny checkpoints on disk, drafts of every quality, one engine per setting for the whole session."""
 
-import dataclasses
 import functools
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from quire.backends.base import ShapeLimits, StepShape
 from quire.engine import LLM, RequestOutput, SamplingParams
+from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import save_params
 from quire.models.params import init_params
 from quire.models.registry import load_config
@@ -28,7 +30,12 @@ class _QuickCompiler:
 
 
 class QuickBackend(_QuickCompiler, FewShapesBackend):
-    """The CPU with few programs, made quickly."""
+    """The CPU with few programs, made quickly, whose sampler is no more than the engine was asked for."""
+
+    def step_shapes(self, limits: ShapeLimits) -> list[StepShape]:
+        most = limits.most_sampling
+        shapes = [replace(s, sampling=min(s.sampling, most)) for s in super().step_shapes(limits)]
+        return [replace(s, prompt_logprobs=s.prompt_logprobs and most == SamplingMode.FULL) for s in shapes]
 
 
 class QuickInterpretedBackend(_QuickCompiler, InterpretedBackend):
@@ -126,7 +133,7 @@ def greedy(max_tokens: int | None, **changes: Any) -> SamplingParams:
 
 def without_drafts(params: Sequence[SamplingParams]) -> list[SamplingParams]:
     """The same requests with nothing said of speculation."""
-    return [dataclasses.replace(each, num_speculative_tokens=None) for each in params]
+    return [replace(each, num_speculative_tokens=None) for each in params]
 
 
 def assert_same(found: Sequence[RequestOutput], expected: Sequence[RequestOutput]) -> None:
