@@ -40,6 +40,19 @@ SHAPES = {
     "mixed, prompt logprobs": StepShape(ROWS, TILES, TILE, BLOCKS, 1, SamplingMode.FULL, True),
 }
 
+DRAFTING = {
+    "greedy drafts": StepShape(ROWS, 0, TILE, BLOCKS, num_drafts=3),
+    "random drafts": StepShape(ROWS, 0, TILE, BLOCKS, sampling=SamplingMode.RANDOM, num_drafts=2),
+    "full drafts": StepShape(ROWS, 0, TILE, BLOCKS, sampling=SamplingMode.FULL, num_drafts=2),
+    "one row of drafts": StepShape(1, 0, TILE, BLOCKS, num_drafts=1),
+    "several rounds": StepShape(ROWS, 0, TILE, BLOCKS, 3, SamplingMode.RANDOM, num_drafts=2),
+    "several full rounds": StepShape(ROWS, 0, TILE, BLOCKS, 2, SamplingMode.FULL, num_drafts=3),
+}
+CATCH_UP = {
+    "catching up": StepShape(0, TILES, TILE, BLOCKS, is_catch_up=True),
+    "catching up by a tile": StepShape(0, 1, TILE, BLOCKS, is_catch_up=True),
+}
+
 
 class NeuronLikeBackend(FewShapesBackend):
     """Lowers what a NeuronCore is given, for devices that are not here."""
@@ -105,8 +118,10 @@ def plan_of(name: str, num_devices: int, scan_layers: bool, **settings: Any) -> 
 
 def source_of(plan: EnginePlan, shape: StepShape) -> ProgramSource:
     """The step of a shape that the backend does not list."""
-    params, state, _ = plan.sources()[0].arguments
-    return step_source(plan.step_config, shape, params, state, plan.mesh)
+    sources = plan.sources()
+    reads_all = next((source for source in sources if source.shape is not None and source.shape.num_drafts), sources[0])
+    weights, state, _ = reads_all.arguments
+    return step_source(plan.step_config, shape, weights, state, plan.mesh)
 
 
 def report_of(plan: EnginePlan, shape: StepShape) -> LintReport:
@@ -149,6 +164,53 @@ def test_every_step_holds_nothing_that_neuron_lacks(name: str, shape: str, num_d
     assert_legal(plan_of(name, num_devices, scan_layers), SHAPES[shape])
 
 
+def drafting_config(draft: str, num_devices: int) -> str:
+    """`draft` is one of the tiny models, or ngram."""
+    if draft == "ngram":
+        return json.dumps({"method": "ngram"})
+    return json.dumps({"method": "draft_model", "model": folder_of(draft, num_devices)})
+
+
+def drafting_plan(name: str, draft: str, num_devices: int, scan_layers: bool) -> EnginePlan:
+    return plan_of(name, num_devices, scan_layers, speculative_config=drafting_config(draft, num_devices))
+
+
+def drafting_cases(pairs: Sequence[tuple[str, str]], devices: Sequence[int], scans: Sequence[bool]) -> Iterator[Any]:
+    for name, draft in pairs:
+        shapes = DRAFTING if draft == "ngram" else {**DRAFTING, **CATCH_UP}
+        for name_, shape, num_devices, scan_layers in (
+            case.values for case in cases([name], list(shapes), devices, scans)
+        ):
+            spread = f"{num_devices}-{'scanned' if scan_layers else 'unrolled'}"
+            yield pytest.param(name_, draft, shape, num_devices, scan_layers, id=f"{name}-{draft}-{shape}-{spread}")
+
+
+@pytest.mark.parametrize(
+    ("name", "draft", "shape", "num_devices", "scan_layers"),
+    [
+        *drafting_cases([("llama", "qwen2"), ("llama", "ngram")], (1,), (True,)),
+        *drafting_cases([("llama", "qwen2")], (2,), (True,)),
+    ],
+)
+def test_a_speculative_step_holds_nothing_that_neuron_lacks(
+    name: str, draft: str, shape: str, num_devices: int, scan_layers: bool
+) -> None:
+    assert_legal(drafting_plan(name, draft, num_devices, scan_layers), (DRAFTING | CATCH_UP)[shape])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "draft", "shape", "num_devices", "scan_layers"),
+    list(
+        drafting_cases([("llama", name) for name in TINY] + [(name, "ngram") for name in TINY], (1, 2), (True, False))
+    ),
+)
+def test_every_speculative_step_holds_nothing_that_neuron_lacks(
+    name: str, draft: str, shape: str, num_devices: int, scan_layers: bool
+) -> None:
+    assert_legal(drafting_plan(name, draft, num_devices, scan_layers), (DRAFTING | CATCH_UP)[shape])
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
 def test_int8_weights_are_multiplied_as_floats(name: str, num_devices: int) -> None:
@@ -186,18 +248,23 @@ def test_a_step_with_an_illegal_sampler_is_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("draft", [None, "ngram", "llama"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("num_devices", [1, 2])
 @pytest.mark.parametrize("name", TINY)
-def test_every_program_of_the_backend_is_legal(name: str, num_devices: int, quantization: str) -> None:
+def test_every_program_of_the_backend_is_legal(
+    name: str, num_devices: int, quantization: str, draft: str | None
+) -> None:
     """As an engine on an Inferentia2 chip would compile them, with the shapes and the weights of the backend itself."""
     backend = NeuronBackend.described(f"inf2:{num_devices}")
+    speculative_config = None if draft is None else drafting_config(draft, num_devices)
     settings = EngineConfig.from_arguments(
         model=folder_of(name, num_devices),
         tensor_parallel_size=num_devices,
         quantization=quantization,
         max_model_len=160,
         decode_steps_per_dispatch=2,
+        speculative_config=speculative_config,
     )
     for source in EnginePlan.make(settings, backend).sources():
         found = lint(source.lower(backend)).errors
