@@ -37,7 +37,7 @@ class CompiledProgram:
     code_bytes: int = 0
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     cache_copies: int = 0
-    """Instructions that copy a whole array of the KV cache."""
+    """Instructions that copy a whole array of a KV cache, the target's or a draft model's."""
 
     @property
     def peak_bytes(self) -> int:
@@ -150,13 +150,15 @@ def _count_collectives(text: str) -> dict[str, int]:
 
 
 def _count_cache_copies(text: str, plan: EnginePlan) -> int:
-    arrays = plan.target.cache_arrays(plan.resolved.num_kv_blocks)
-    local = [
-        size // plan.mesh.size if axis is not None else size
-        for size, axis in zip(arrays.shape, arrays.spec, strict=True)
-    ]
-    shape = f"{_HLO_DTYPES[jnp.dtype(arrays.dtype).name]}[{','.join(map(str, local))}]"
-    return len(re.findall(rf"= (?:\()?{re.escape(shape)}\S* copy(?:-start)?\(", text))
+    shapes = set()
+    for part in plan.models:
+        arrays = part.cache_arrays(plan.resolved.num_kv_blocks)
+        local = [
+            size // plan.mesh.size if axis is not None else size
+            for size, axis in zip(arrays.shape, arrays.spec, strict=True)
+        ]
+        shapes.add(f"{_HLO_DTYPES[jnp.dtype(arrays.dtype).name]}[{','.join(map(str, local))}]")
+    return len(re.findall(rf"= (?:\()?(?:{'|'.join(map(re.escape, shapes))})\S* copy(?:-start)?\(", text))
 
 
 def file_name(name: str) -> str:

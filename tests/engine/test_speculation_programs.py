@@ -1,6 +1,8 @@
 """What speculative steps are as programs: no cache is copied, nothing is compiled late, other kernels give the same tokens."""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,6 +11,9 @@ import pytest
 
 from quire.backends.cpu import CpuBackend
 from quire.engine import LLM, SamplingParams
+from quire.engine.compile_report import examine
+from quire.engine.config import EngineConfig
+from quire.engine.planning import EnginePlan
 from tests.engine.draft_engines import assert_same, checkpoint, draft_config, engine, model_config, without_drafts
 from tests.engine.engines import XLA_KERNELS, FewShapesBackend, check_idle, generate, tiny_folder
 
@@ -90,6 +95,39 @@ def test_no_program_of_the_whole_list_copies_either_cache(llm: LLM) -> None:
 )
 def test_no_program_copies_a_cache_in_other_forms(config: str, settings: dict[str, Any]) -> None:
     assert_no_cache_is_copied(speculating(config, **settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """A program of one line."""
+
+    text: str
+
+    def as_text(self) -> str:
+        return self.text
+
+    def memory_analysis(self) -> Any:
+        names = ("argument", "output", "alias", "temp", "generated_code")
+        return SimpleNamespace(**{f"{name}_size_in_bytes": 0 for name in names})
+
+
+def test_what_compiling_tells_of_copies_counts_those_of_a_draft_models_cache() -> None:
+    settings = EngineConfig.from_arguments(
+        model=str(tiny_folder()),
+        speculative_config=draft_model(2),
+        dtype="float32",
+        max_model_len=160,
+        num_kv_blocks=20,
+    )
+    plan = EnginePlan.make(settings, CpuBackend())
+    compiler = SimpleNamespace(capabilities=plan.backend.capabilities, compile=lambda lowered: lowered)
+    plan = dataclasses.replace(plan, target=dataclasses.replace(plan.target, backend=compiler))
+    for part in plan.models:
+        sizes = ",".join(map(str, part.cache_arrays(20).shape))
+        for line, copies in (("copy", 1), ("add", 0)):
+            program = _Compiled(f"  %x = f32[{sizes}]{{3,2,1,0}} {line}(f32[{sizes}]{{3,2,1,0}} %y)")
+            source = SimpleNamespace(describe=lambda: "a step", lower=lambda backend, program=program: program)
+            assert examine(source, plan, None).cache_copies == copies
 
 
 @pytest.mark.slow
