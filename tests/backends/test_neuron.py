@@ -229,6 +229,18 @@ def test_the_emulated_engine_gives_the_tokens_of_the_cpu(family: str) -> None:
     check_idle(llm)
 
 
+@pytest.mark.parametrize("method", ["draft_model", "ngram"])
+def test_an_emulated_engine_that_speculates_gives_the_tokens_of_the_cpu(method: str) -> None:
+    """The draft model is the target's first layer."""
+    folder = str(tiny_folder())
+    config = {"method": method, "num_speculative_tokens": 2, "adaptive": False}
+    config |= {"model": str(tiny_folder(num_hidden_layers=1))} if method == "draft_model" else {"prompt_lookup_min": 1}
+    llm = LLM(folder, emulate="inf2", block_size=16, speculative_config=config, **SETTINGS)
+    assert token_ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == tokens_of_the_cpu(folder)
+    check_idle(llm)
+    assert 0 < llm.stats().num_accepted_tokens < llm.stats().num_draft_tokens
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_an_engine_through_jaxs_plugin_gives_the_tokens_of_the_cpu(num_devices: int) -> None:
     """The plugin is stood in for by the CPU's client under its name; everything on this side of it is what runs on a device."""

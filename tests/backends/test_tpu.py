@@ -87,6 +87,45 @@ def test_compile_prints_what_memory_holds_and_writes_the_programs(target, settin
     assert report["temp_bytes"] <= report["planned_temp_bytes"]
 
 
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("target", "size", "settings"),
+    [
+        ("v5e:1x1", 1, ["--sampling", "greedy"]),
+        pytest.param("v5e:2x2", 4, ["--sampling", "random"], marks=pytest.mark.slow),
+        pytest.param("v5e:1x1", 1, ["--decode-steps-per-dispatch", "2"], marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("method", ["draft_model", pytest.param("ngram", marks=pytest.mark.slow)])
+def test_speculative_steps_compile_without_a_copy_of_either_cache(
+    target: str, size: int, settings: list[str], method: str, tmp_path
+) -> None:
+    config = {"method": method, "num_speculative_tokens": 3, "adaptive": False}
+    if method == "draft_model":
+        config["model"] = str(tiny_folder(**{**SMALL, "hidden_size": 128, "num_hidden_layers": 1}))
+    flags = ["--max-num-seqs", "8", "--max-model-len", "256", "--num-kv-blocks", "40", "--output", str(tmp_path)]
+    speculation = ["--speculative-config", json.dumps(config), "--tensor-parallel-size", str(size)]
+    assert main(["compile", str(tiny_folder(**SMALL)), "--target", target, *flags, *speculation, *settings]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = [program["name"] for program in report["programs"]]
+    assert any("of 3 drafts" in name for name in names)
+    assert any("draft prefill" in name for name in names) == (method == "draft_model")
+    for program in report["programs"]:
+        assert program["error"] is None
+        assert program["cache_copies"] == 0, program["name"]
+        assert program["alias_bytes"] >= 0.9 * program["output_bytes"], program["name"]
+    assert report["temp_bytes"] <= report["planned_temp_bytes"]
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "size"), [("v5e:2x4", 8), ("v6e:2x2", 4)])

@@ -82,15 +82,26 @@ class PlainShapesBackend(FewShapesBackend):
     def step_shapes(self, limits: ShapeLimits) -> list[StepShape]:
         full = list(super().step_shapes(limits))
         modes = (SamplingMode.GREEDY, SamplingMode.RANDOM)
-        return [*full, *(replace(s, sampling=mode, prompt_logprobs=False) for s in full for mode in modes)]
+        sampling = [shape for shape in full if not shape.is_catch_up]
+        return [*full, *(replace(s, sampling=mode, prompt_logprobs=False) for s in sampling for mode in modes)]
 
 
 class InterpretedShapesBackend(InterpretedBackend, PlainShapesBackend):
     """The same with the TPU's kernels."""
 
 
+def _speculative_config(model: str, draft: str | None) -> str | None:
+    """`draft` is ngram, or model: the target's first layer, with weights that are random for both alike."""
+    if draft is None:
+        return None
+    common = {"num_speculative_tokens": 3, "adaptive": False}
+    if draft == "ngram":
+        return json.dumps({"method": "ngram", "prompt_lookup_min": 1, **common})
+    return json.dumps({"model": str(tiny_folder(**MODELS[model], num_hidden_layers=1)), **common})
+
+
 def run(
-    model: str, num_devices: int, *, scan_layers: bool, interpreted: bool = False
+    model: str, num_devices: int, *, scan_layers: bool, interpreted: bool = False, draft: str | None = None
 ) -> tuple[list[list[int]], list[float]]:
     """Tokens of every request, and the first one's logprobs; requests that ask for little run by themselves once more."""
     backend = (InterpretedShapesBackend if interpreted else PlainShapesBackend)(scan_layers=scan_layers)
@@ -105,6 +116,7 @@ def run(
         max_model_len=64,
         tensor_parallel_size=num_devices,
         kernels=XLA_KERNELS if num_devices == 1 else None,
+        speculative_config=_speculative_config(model, draft),
     )
     outputs = llm.generate([list(p) for p in PROMPTS], [replace(p) for p in PARAMS], use_tqdm=False)
     plain = [
@@ -113,6 +125,8 @@ def run(
     for params in plain:
         outputs += llm.generate([list(p) for p in PROMPTS], params, use_tqdm=False)
     check_idle(llm)
+    stats = llm.stats()
+    assert draft is None or 0 < stats.num_accepted_tokens < stats.num_draft_tokens
     first = outputs[0].outputs[0]
     assert first.logprobs is not None
     logprobs = [entry[token].logprob for entry, token in zip(first.logprobs, first.token_ids, strict=True)]
@@ -120,12 +134,21 @@ def run(
 
 
 def main() -> None:
-    """Each case is MODEL:DEVICES:LAYERS; layers are scanned, unrolled, or scanned with the TPU's kernels: pallas."""
+    """Each case is MODEL:DEVICES:LAYERS or MODEL:DEVICES:LAYERS:DRAFT.
+
+    Layers are scanned, unrolled, or scanned with the TPU's kernels: pallas. Drafts come from a model, or from ngram.
+    """
     assert len(jax.devices()) == 8, "XLA_FLAGS gives the CPU eight devices"
     found = {}
     for case in sys.argv[1:]:
-        model, num_devices, layers = case.split(":")
-        found[case] = run(model, int(num_devices), scan_layers=layers != "unrolled", interpreted=layers == "pallas")
+        model, num_devices, layers, *drafts = case.split(":")
+        found[case] = run(
+            model,
+            int(num_devices),
+            scan_layers=layers != "unrolled",
+            interpreted=layers == "pallas",
+            draft=drafts[0] if drafts else None,
+        )
     print(json.dumps(found))
 
 

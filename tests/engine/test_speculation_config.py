@@ -62,7 +62,7 @@ def test_a_wrong_value_is_refused_with_what_is_allowed(given: Any, reason: str) 
 
 
 def test_what_is_left_out_is_as_documented() -> None:
-    assert set(METHODS) == {"draft_model", "ngram"}
+    assert set(METHODS) == {"draft_model", "ngram", "eagle3"}
     found = SpeculativeConfig.parse('{"model": "demo-draft"}')
     assert found == SpeculativeConfig.parse(MODEL) == SpeculativeConfig.parse(found)
     assert (found.method, found.num_speculative_tokens, found.adaptive, found.quantization) == (

@@ -35,16 +35,39 @@ CASES = {
     "biases and a tied embedding": ("biases_tied:1:scanned", "biases_tied:2:scanned", "biases_tied:4:unrolled"),
     "kernels of the TPU": ("two_kv_heads:1:scanned", "two_kv_heads:2:pallas"),
     "read from files": ("one_kv_head:1:scanned", "from_files:1:unrolled", "from_files:4:scanned"),
+    "drafts": ("two_kv_heads:1:scanned", "two_kv_heads:2:scanned:model"),
     "experts that cannot be shared out": ("experts_in_parts:1:scanned", "experts_in_parts:2:scanned"),
     "experts": ("qk_norm_experts:1:scanned", "qk_norm_experts:2:scanned", "qk_norm_experts:4:unrolled"),
+}
+
+SLOW_CASES = {
+    "drafts on more devices": (
+        "two_kv_heads:1:scanned",
+        "two_kv_heads:1:unrolled:model",
+        "two_kv_heads:4:unrolled:model",
+        "two_kv_heads:4:scanned:ngram",
+    ),
+    "drafts by kernels of the TPU": ("two_kv_heads:1:scanned", "two_kv_heads:2:pallas:model"),
+    "drafts of one key/value head": ("one_kv_head:1:scanned", "one_kv_head:8:scanned:model"),
+    "drafts of experts": ("qk_norm_experts:1:scanned", "qk_norm_experts:2:scanned:model"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_tensor_parallel_equals_one_device(name: str) -> None:
+    assert_equal_to_the_first(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_tensor_parallel_with_drafts_equals_one_device_without(name: str) -> None:
+    assert_equal_to_the_first(SLOW_CASES[name])
+
+
+def assert_equal_to_the_first(cases: tuple[str, ...]) -> None:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
-        [sys.executable, "-c", START, *CASES[name]], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", START, *cases], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-4000:]
     alone, *spread = json.loads(done.stdout.splitlines()[-1]).items()
