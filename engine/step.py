@@ -72,7 +72,7 @@ def make_step(config: StepConfig, shape: StepShape) -> Program:
     def step(weights: Weights, state: DeviceState, inputs: ModelInput) -> tuple[DeviceState, StepOutput]:
         if shape.num_decode_steps == 1:
             state, output = _one_step(config, shape, weights, state, inputs)
-            return state, _with_step_axis(output)
+            return state, with_step_axis(output)
         if config.unroll_steps:
             outputs = []
             for _ in range(shape.num_decode_steps):
@@ -90,7 +90,8 @@ def make_step(config: StepConfig, shape: StepShape) -> Program:
     return catch_up if shape.is_catch_up else step
 
 
-def _with_step_axis(output: StepOutput) -> StepOutput:
+def with_step_axis(output: StepOutput) -> StepOutput:
+    """The output of a single step as that of a dispatch."""
     stepped: StepOutput = jax.tree.map(lambda leaf: leaf[None], output.replace(prompt_logprobs=None))  # type: ignore[attr-defined]
     return stepped.replace(prompt_logprobs=output.prompt_logprobs)  # type: ignore[attr-defined, no-any-return]
 
@@ -98,13 +99,38 @@ def _with_step_axis(output: StepOutput) -> StepOutput:
 def _one_step(
     config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, inputs: ModelInput
 ) -> tuple[DeviceState, StepOutput]:
-    inputs = _bounded(shape, state.slots, inputs)
-    rows = DecodeRows.of(state.slots, inputs.decode_slots, inputs.decode_tables)
-    num_drafts = jnp.zeros(shape.decode_rows, jnp.int32)
-    if shape.num_drafts:
-        assert config.drafter is not None, shape
-        limits = jnp.clip(inputs.decode_drafts, 0, jnp.minimum(rows.room - 1, shape.num_drafts))
-        state, num_drafts = config.drafter.draft(shape, config.block_size, weights, state, rows, limits)
+    inputs, rows = begin_step(shape, state.slots, inputs)
+    state, num_drafts = draft(config, shape, weights, state, inputs, rows)
+    return verify(config, shape, weights, state, inputs, rows, num_drafts)
+
+
+def begin_step(shape: StepShape, slots: Slots, inputs: ModelInput) -> tuple[ModelInput, DecodeRows]:
+    """The inputs within bounds, and the rows that they name, for the two halves of a step: `draft` and `verify`."""
+    inputs = _bounded(shape, slots, inputs)
+    return inputs, DecodeRows.of(slots, inputs.decode_slots, inputs.decode_tables)
+
+
+def draft(
+    config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, inputs: ModelInput, rows: DecodeRows
+) -> tuple[DeviceState, jax.Array]:
+    """The state with drafts after the rows' tokens, and how many there are: [R] int32."""
+    if shape.num_drafts == 0:
+        return state, jnp.zeros(shape.decode_rows, jnp.int32)
+    assert config.drafter is not None, shape
+    limits = jnp.clip(inputs.decode_drafts, 0, jnp.minimum(rows.room - 1, shape.num_drafts))
+    return config.drafter.draft(shape, config.block_size, weights, state, rows, limits)
+
+
+def verify(
+    config: StepConfig,
+    shape: StepShape,
+    weights: Weights,
+    state: DeviceState,
+    inputs: ModelInput,
+    rows: DecodeRows,
+    num_drafts: jax.Array,
+) -> tuple[DeviceState, StepOutput]:
+    """The state with the tokens that the target sampled, after those of the rows' drafts that it sampled too."""
     slots = state.slots
     rectangles = _lay_out(shape, config.block_size, slots, inputs, rows, num_drafts)
     target = config.target
