@@ -1,0 +1,188 @@
+"""The measurement: every contender once a round, on the same requests, so that all see the same moods of the machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quire.bench.peers.quiet import LoadMeter
+from quire.bench.peers.report import Figure
+from quire.bench.speculate.contenders import Contender
+from quire.bench.speculate.forced import seeds_of
+from quire.engine import LLM, SamplingParams
+
+Record = dict[str, Any]
+Tokens = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """So many requests of a kind at once. `acceptance` is how often drafts are accepted where that is forced."""
+
+    kind: str
+    batch_size: int
+    temperature: float
+    acceptance: float | None = None
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        forced = "" if self.acceptance is None else f", acceptance {self.acceptance:g}"
+        return f"{self.kind}{forced}, temperature {self.temperature:g}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The prompts by kind, at least as many as the largest batch; `acceptances` are those that are forced, if any."""
+
+    prompts: dict[str, list[list[int]]]
+    max_tokens: int
+    acceptances: tuple[float, ...] = ()
+
+    def requests(self, case: Case) -> tuple[list[list[int]], list[SamplingParams]]:
+        """The requests of a case: all are there at once, and all end after `max_tokens`."""
+        seeds = list(range(case.batch_size))
+        if case.acceptance is not None:
+            seeds = seeds_of(self.acceptances.index(case.acceptance), len(self.acceptances), case.batch_size)
+        params = [
+            SamplingParams(
+                temperature=case.temperature, max_tokens=self.max_tokens, seed=seed, ignore_eos=True, detokenize=False
+            )
+            for seed in seeds
+        ]
+        return self.prompts[case.kind][: case.batch_size], params
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its output."""
+        return max(len(prompt) for prompts in self.prompts.values() for prompt in prompts) + self.max_tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """A contender's answer to the requests of a case."""
+
+    seconds: float
+    tokens: Tokens
+    num_steps: int
+    num_rounds: int
+    """Times that drafts of a row were verified."""
+    num_draft_tokens: int
+    num_accepted_per_pos: tuple[int, ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+def run_case(
+    case: Case, contenders: Sequence[Contender], workload: Workload, num_rounds: int, say: Callable[[str], None]
+) -> list[Record]:
+    """Measures a case: a record for each contender, the first of which is the one that the others are compared with."""
+    requests = workload.requests(case)
+    policies = {contender.name: contender.new_policy() for contender in contenders}
+    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+
+    def run_once(contender: Contender) -> Run:
+        # Contenders may share an engine.
+        contender.use(policies[contender.name])
+        return run(contender.llm, *requests)
+
+    for contender in contenders:
+        run_once(contender)  # warm, and an adaptive one has seen such requests
+    load = OtherLoad()
+    for idx in range(num_rounds):
+        # Nobody always follows the same one.
+        first = idx % len(contenders)
+        for contender in (*contenders[first:], *contenders[:first]):
+            runs[contender.name].append(run_once(contender))
+    other_load = load.so_far()
+    rates = ", ".join(f"{name} {statistics.median(one.tokens_per_s for one in found):.4g}" for name, found in runs.items())
+    say(f"{case.title}: {rates} tokens/s")
+    base = runs[contenders[0].name]
+    return [
+        {
+            "benchmark": "speculate",
+            **asdict(case),
+            "name": contender.name,
+            "method": contender.method,
+            "num_drafts": contender.num_drafts,
+            "other_load": other_load,
+            **figures(runs[contender.name], base),
+        }
+        for contender in contenders
+    ]
+
+
+class OtherLoad:
+    """The share of all processors that others keep busy, from now on."""
+
+    def __init__(self) -> None:
+        self._meter = LoadMeter()
+        self._begin = self._meter.read()
+
+    def so_far(self) -> float | None:
+        """None where it cannot be known."""
+        now = self._meter.read()
+        return None if now is None or self._begin is None else round(now.other_load(self._begin), 3)
+
+
+def run(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> Run:
+    """All requests at once, from the first step to the last; nothing is found in a cache."""
+    llm.core.scheduler.kv_cache.forget_prefixes()
+    before = llm.stats()
+    begin = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - begin
+    after = llm.stats()
+    counts = zip(after.num_accepted_per_pos, before.num_accepted_per_pos, strict=True)
+    return Run(
+        seconds=seconds,
+        tokens=[output.outputs[0].token_ids for output in outputs],
+        num_steps=after.num_steps - before.num_steps,
+        num_rounds=after.num_draft_rounds - before.num_draft_rounds,
+        num_draft_tokens=after.num_draft_tokens - before.num_draft_tokens,
+        num_accepted_per_pos=tuple(now - then for now, then in counts),
+    )
+
+
+def figures(runs: Sequence[Run], base: Sequence[Run]) -> Record:
+    """What a contender's runs come to, beside the runs of the same rounds without speculation.
+
+    `accepted_per_pos[i]` is the share of rounds whose first i + 1 drafts were accepted; `tokens_per_round` of a row counts the token that
+    follows them. `tokens_per_step` counts steps of prompts and rounds without drafts as well.
+    """
+    num_rounds = sum(one.num_rounds for one in runs)
+    per_pos = [sum(counts) for counts in zip(*(one.num_accepted_per_pos for one in runs), strict=True)]
+    while per_pos and per_pos[-1] == 0:
+        per_pos.pop()
+    num_tokens = sum(len(row) for one in runs for row in one.tokens)
+    num_row_steps = sum(one.num_steps * len(one.tokens) for one in runs)
+    ratios = [mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in zip(runs, base, strict=True)]
+    return {
+        "tokens_per_s": asdict(Figure.of([one.tokens_per_s for one in runs])),
+        "ratio": asdict(Figure.of(ratios)),
+        "rounds": num_rounds,
+        "drafts_per_round": sum(one.num_draft_tokens for one in runs) / num_rounds if num_rounds else 0.0,
+        "tokens_per_round": 1 + sum(per_pos) / num_rounds if num_rounds else 1.0,
+        "accepted_per_pos": [count / num_rounds for count in per_pos] if num_rounds else [],
+        "tokens_per_step": num_tokens / num_row_steps,
+        **equality([one.tokens for one in runs], [one.tokens for one in base]),
+    }
+
+
+def equality(mine: Sequence[Tokens], base: Sequence[Tokens]) -> Record:
+    """The share of tokens that are those without speculation, and the request and the place of the first that is not, of any round."""
+    num_equal = num_tokens = 0
+    first: list[int] | None = None
+    for rows, expected in zip(mine, base, strict=True):
+        for request, (row, wanted) in enumerate(zip(rows, expected, strict=True)):
+            places = [place for place in range(max(len(row), len(wanted))) if row[place : place + 1] != wanted[place : place + 1]]
+            num_tokens += max(len(row), len(wanted))
+            num_equal += max(len(row), len(wanted)) - len(places)
+            if places and first is None:
+                first = [request, places[0]]
+    return {"equal_share": num_equal / num_tokens, "first_difference": first}

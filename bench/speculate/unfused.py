@@ -1,0 +1,176 @@
+"""The round as one dispatch, beside the same round as two with the host in between: what drafting in the step itself saves.
+
+Both are made of the halves that `quire.engine.step` is made of, and run in the same engine on the same requests: for the second way its
+programs are replaced by two each, and the host reads the drafts before it launches the second. That is the least an engine that
+drafts apart has to do; one that launches a program for each draft does more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from quire.backends.base import Program, StepShape
+from quire.bench.peers.report import Figure
+from quire.bench.speculate.contenders import Contender
+from quire.bench.speculate.rounds import Case, OtherLoad, Record, Tokens, Workload, equality
+from quire.engine import LLM, SamplingParams
+from quire.engine.core import EngineCore
+from quire.engine.device_state import DeviceState
+from quire.engine.drafting import Weights
+from quire.engine.programs import EVERYWHERE, ProgramSource, everywhere, specs_of, spread
+from quire.engine.request import EngineCoreRequest
+from quire.engine.step import ModelInput, StepConfig, StepOutput, begin_step, draft, verify, with_step_axis
+from quire.kernels.sampling.rows import SamplingMode
+
+
+class UnfusedRound:
+    """A step of one shape as two programs. Called as the step's own program is."""
+
+    def __init__(self, core: EngineCore, shape: StepShape) -> None:
+        """Compiles both."""
+        assert shape.num_drafts and shape.num_decode_steps == 1, shape
+        plan, source = core.plan, core.runner.step_source(shape)
+        mesh, backend = plan.mesh, plan.backend
+        state_specs = specs_of(source.arguments[1])
+        num_drafts = jax.ShapeDtypeStruct((shape.decode_rows,), np.int32, sharding=everywhere(mesh))
+
+        def build(function: Program, arguments: tuple[Any, ...]) -> Program:
+            program = spread(function, arguments, (state_specs, EVERYWHERE), mesh)
+            return backend.compile(ProgramSource(shape, program, arguments, (1,)).lower(backend))
+
+        self._draft = build(_draft_program(plan.step_config, shape), source.arguments)
+        self._verify = build(_verify_program(plan.step_config, shape), (*source.arguments, num_drafts))
+
+    def __call__(self, weights: Weights, state: DeviceState, inputs: ModelInput) -> tuple[DeviceState, StepOutput]:
+        """(state, StepOutput), as of the step's own program."""
+        state, drafts = self._draft(weights, state, inputs)
+        num_drafts, _ = jax.device_get(drafts)  # waits for the device
+        verified: tuple[DeviceState, StepOutput] = self._verify(weights, state, inputs, num_drafts)
+        return verified
+
+
+def _draft_program(config: StepConfig, shape: StepShape) -> Program:
+    def run(weights: Weights, state: DeviceState, inputs: ModelInput) -> tuple[DeviceState, tuple[jax.Array, jax.Array]]:
+        """The number of drafts of each row [R] int32, and the drafts [R, K] int32, for the host."""
+        inputs, rows = begin_step(shape, state.slots, inputs)
+        state, num_drafts = draft(config, shape, weights, state, inputs, rows)
+        places = rows.num_tokens[:, None] + jnp.arange(shape.num_drafts, dtype=jnp.int32)[None, :]
+        places = jnp.minimum(places, state.slots.tokens.shape[1] - 1)
+        return state, (num_drafts, state.slots.tokens[rows.slots[:, None], places])
+
+    return run
+
+
+def _verify_program(config: StepConfig, shape: StepShape) -> Program:
+    def run(
+        weights: Weights, state: DeviceState, inputs: ModelInput, num_drafts: jax.Array
+    ) -> tuple[DeviceState, StepOutput]:
+        inputs, rows = begin_step(shape, state.slots, inputs)
+        state, output = verify(config, shape, weights, state, inputs, rows, num_drafts)
+        return state, with_step_axis(output)
+
+    return run
+
+
+@contextmanager
+def unfused(core: EngineCore, programs: dict[StepShape, UnfusedRound]) -> Iterator[None]:
+    """Within the context the engine's steps of these shapes are not fused. The engine must be idle."""
+    assert not core.has_work
+    fused = {shape: core.runner.programs[shape] for shape in programs}
+    core.runner.programs.update(programs)
+    try:
+        yield
+    finally:
+        core.runner.programs.update(fused)
+
+
+def compare_fused(
+    contender: Contender,
+    cases: Sequence[Case],
+    workload: Workload,
+    num_rounds: int,
+    say: Callable[[str], None],
+) -> list[Record]:
+    """A record for each case: milliseconds of a full step of a contender with a fixed number of drafts, fused and unfused."""
+    core = contender.llm.core
+    shapes = [shape for shape in core.runner.programs if _is_measured(shape, contender)]
+    say(f"compiling the unfused rounds of {contender.name}")
+    programs = {shape: UnfusedRound(core, shape) for shape in shapes}
+    return [_compare(contender, programs, case, workload, num_rounds, say) for case in cases]
+
+
+def _is_measured(shape: StepShape, contender: Contender) -> bool:
+    return (
+        shape.num_drafts == contender.num_drafts and shape.num_decode_steps == 1 and shape.sampling < SamplingMode.FULL
+    )
+
+
+def _compare(
+    contender: Contender,
+    programs: dict[StepShape, UnfusedRound],
+    case: Case,
+    workload: Workload,
+    num_rounds: int,
+    say: Callable[[str], None],
+) -> Record:
+    prompts, params = workload.requests(case)
+    contender.use(contender.new_policy())
+    milliseconds: dict[bool, list[float]] = {True: [], False: []}
+    tokens: dict[bool, list[Tokens]] = {True: [], False: []}
+    load = OtherLoad()
+    for idx in range(num_rounds + 1):
+        for is_fused in (True, False) if idx % 2 else (False, True):
+            with unfused(contender.llm.core, {} if is_fused else programs):
+                seconds, found = timed_steps(contender.llm, prompts, params)
+            if idx:  # the first of each warms up
+                milliseconds[is_fused].append(1e3 * statistics.median(seconds))
+            tokens[is_fused].append(found)
+    saved = [apart - one for one, apart in zip(milliseconds[True], milliseconds[False], strict=True)]
+    shares = [ms / apart for ms, apart in zip(saved, milliseconds[False], strict=True)]
+    record: Record = {
+        "benchmark": "speculate",
+        "part": "unfused",
+        **asdict(case),
+        "name": contender.name,
+        "method": contender.method,
+        "num_drafts": contender.num_drafts,
+        "other_load": load.so_far(),
+        "fused_ms": asdict(Figure.of(milliseconds[True])),
+        "unfused_ms": asdict(Figure.of(milliseconds[False])),
+        "saved_ms": asdict(Figure.of(saved)),
+        "saved_share": asdict(Figure.of(shares)),
+        **equality(tokens[False], tokens[True]),
+    }
+    say(f"{contender.name}, {case.title}: {record['fused_ms']['median']:.3g} ms fused, {record['unfused_ms']['median']:.3g} not")
+    return record
+
+
+def timed_steps(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> tuple[list[float], Tokens]:
+    """Seconds of every step in which all requests decode, and the tokens of each request."""
+    core = llm.core
+    core.scheduler.kv_cache.forget_prefixes()
+    tokens: dict[str, list[int]] = {}
+    for idx, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        request_id = f"timed-{idx}"
+        tokens[request_id] = []
+        core.add_request(EngineCoreRequest(request_id, tuple(prompt), wanted, arrival_time=time.monotonic()))
+    seconds: list[float] = []
+    while core.has_work:
+        begin = time.perf_counter()
+        outputs = core.step()
+        elapsed = time.perf_counter() - begin
+        # A request's first token ends a step of prompts.
+        if len(outputs) == len(prompts) and all(tokens[output.request_id] for output in outputs):
+            seconds.append(elapsed)
+        for output in outputs:
+            tokens[output.request_id] += output.new_token_ids
+    return seconds, list(tokens.values())
