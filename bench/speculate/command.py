@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,9 @@ def add_command(commands: Any) -> None:
     """Adds the command and its flags."""
     parser = commands.add_parser("speculate", help="what speculative decoding gains, by method and batch size")
     parser.add_argument("--model", "-m", default="demo", help="(default: %(default)s)")
-    parser.add_argument("--draft-model", default="demo-draft", help="for the methods that have one (default: %(default)s)")
+    parser.add_argument(
+        "--draft-model", default="demo-draft", help="for the methods that have one (default: %(default)s)"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, help=f"(default: {' '.join(METHODS)})")
     parser.add_argument("--num-speculative-tokens", type=int, nargs="+", metavar="K", help="(default: 2 4)")
     parser.add_argument(
@@ -49,7 +50,9 @@ def add_command(commands: Any) -> None:
         default=True,
         help="also let the engine choose, up to the largest K (default: %(default)s)",
     )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="(default: 1 2 4 8 16; forced: 1 2 4 8)")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="N", help="(default: 1 2 4 8 16; forced: 1 2 4 8)"
+    )
     parser.add_argument("--temperatures", type=float, nargs="+", metavar="T", help="(default: 0 0.8; forced: 0)")
     parser.add_argument("--kinds", nargs="+", choices=(STRUCTURED, OPEN_ENDED), default=[STRUCTURED, OPEN_ENDED])
     parser.add_argument("--max-tokens", type=int, help="of each output (default: 96; forced: 48)")
@@ -61,9 +64,7 @@ def add_command(commands: Any) -> None:
         metavar="P",
         help="take a random pair of models whose drafts are accepted with these probabilities, in the place of --model",
     )
-    parser.add_argument(
-        "--shape", choices=tuple(DRAFT_SHAPES), help="of the random target (default: llama-135m)"
-    )
+    parser.add_argument("--shape", choices=tuple(DRAFT_SHAPES), help="of the random target (default: llama-135m)")
     parser.add_argument(
         "--unfused", action="store_true", help="also measure the round as two dispatches with the host in between"
     )
@@ -149,9 +150,7 @@ def _real(namespace: argparse.Namespace) -> tuple[Setup, Workload, list[Case]]:
     arguments = engine_arguments(namespace)
     tokenizer = load_tokenizer(resolve_model(arguments.get("tokenizer") or namespace.model))
     most = max(namespace.batch_sizes)
-    workload = Workload(
-        {kind: prompts_of(kind, most, tokenizer) for kind in namespace.kinds}, namespace.max_tokens
-    )
+    workload = Workload({kind: prompts_of(kind, most, tokenizer) for kind in namespace.kinds}, namespace.max_tokens)
     cases = [
         Case(kind, batch_size, temperature)
         for kind in namespace.kinds

@@ -92,9 +92,7 @@ class ForcedSample:
 class ForcedBackend:
     """A backend whose models sample what `ForcedSample` says. Everything else is the backend's own."""
 
-    def __init__(
-        self, backend: Backend, acceptances: Sequence[float], is_draft: Callable[[ModelConfig], bool]
-    ) -> None:
+    def __init__(self, backend: Backend, acceptances: Sequence[float], is_draft: Callable[[ModelConfig], bool]) -> None:
         """`is_draft` tells the draft model's config from the target's."""
         self._backend = backend
         self._acceptances = tuple(acceptances)

@@ -26,9 +26,8 @@ def _assertions(n: int) -> str:
     return "    def test_values(self):\n" + "\n".join(lines) + "\n"
 
 
-def _constants(n: int) -> str:
-    names = ("READ", "WRITE", "APPEND", "CREATE", "TRUNCATE")
-    return "".join(f"FLAG_{names[(n + i) % 5]} = {i}\n" for i in range(5))
+def _refusals(n: int) -> str:
+    return "".join(f"        self.assertRaises(TypeError, f, {n + i})\n" for i in range(5))
 
 
 def _dispatch(n: int) -> str:
@@ -38,35 +37,37 @@ def _dispatch(n: int) -> str:
 
 def _attributes(n: int) -> str:
     names = ("name", "path", "mode", "size", "owner", "group")
-    order = [names[(n + i) % 6] for i in range(5)]
+    order = [f"{names[(n + i) % 6]}{n}" for i in range(5)]
     head = f"    def __init__(self, {', '.join(order)}):\n"
     return head + "".join(f"        self.{name} = {name}\n" for name in order[:3])
 
 
 def _bullets(n: int) -> str:
     names = ("list", "dict", "tuple", "set", "str")
-    return "The types are:\n\n" + "".join(f"* {names[(n + i) % 5]}: the type of a {names[(n + i) % 5]}\n" for i in range(4))
+    return "The types are:\n\n" + "".join(
+        f"* {names[(n + i) % 5]}: the type of {n + i} {names[(n + i) % 5]}s\n" for i in range(4)
+    )
 
 
-def _mapping(n: int) -> str:
-    return "CODES = {\n" + "".join(f"    {n + i}: 'error {n + i}',\n" for i in range(5))
+def _table(n: int) -> str:
+    return "TABLE = (\n" + "".join(f"    (0x{n + i:x}0, 0x{n + i:x}f),\n" for i in range(5))
 
 
 def _imports(n: int) -> str:
     names = ("os", "sys", "re", "io", "time", "json")
     return "".join(f"import {names[(n + i) % 6]}\n" for i in range(4)) + "".join(
-        f"print({names[(n + i) % 6]}.__name__)\n" for i in range(3)
+        f"print({names[(n + i) % 6]}.path, {n})\n" for i in range(3)
     )
 
 
 _FORMS: tuple[Callable[[int], str], ...] = (
     _json_records,
     _assertions,
-    _constants,
+    _refusals,
     _dispatch,
     _attributes,
     _bullets,
-    _mapping,
+    _table,
     _imports,
 )
 _OPENERS = (
@@ -93,7 +94,9 @@ def text_of(kind: str, idx: int) -> str:
 def prompts_of(kind: str, count: int, tokenizer: Tokenizer | None) -> list[list[int]]:
     """Token ids of the first prompts of a kind. Raises InvalidConfigError where there is no tokenizer."""
     if tokenizer is None:
-        raise InvalidConfigError("prompts are text, and the model has no tokenizer; set tokenizer, or measure forced ones")
+        raise InvalidConfigError(
+            "prompts are text, and the model has no tokenizer; set tokenizer, or measure forced ones"
+        )
     return [tokenizer.encode(text_of(kind, idx), add_special_tokens=True) for idx in range(count)]
 
 

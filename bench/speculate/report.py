@@ -123,7 +123,18 @@ def tables(records: Sequence[Record]) -> str:
 
 
 def _group_table(group: Group, records: Sequence[Record]) -> str:
-    head = ["batch", "", "tokens/s", "/ none", "tokens/round", "drafts/round", "rounds", "tokens/step", "accepted per position, %", "equal"]
+    head = [
+        "batch",
+        "",
+        "tokens/s",
+        "/ none",
+        "tokens/round",
+        "drafts/round",
+        "rounds",
+        "tokens/step",
+        "accepted per position, %",
+        "equal",
+    ]
     rows = [head]
     for record in sorted(records, key=lambda record: record["batch_size"]):
         speculates = record["method"] != NO_SPECULATION
@@ -173,9 +184,13 @@ def _notes(records: Sequence[Record]) -> str:
     loads = [record["other_load"] for record in records if record.get("other_load") is not None]
     num_rounds = [record[key]["num_rounds"] for record in records for key in ("ratio", "fused_ms") if key in record]
     if num_rounds:
-        lines.append(f"* medians of {min(num_rounds)} interleaved rounds (lowest..highest); ratios are taken round by round")
+        lines.append(
+            f"* medians of {min(num_rounds)} interleaved rounds (lowest..highest); ratios are taken round by round"
+        )
     if loads:
-        lines.append(f"* load of others while measuring: {100 * min(loads):.0f} to {100 * max(loads):.0f} % of the machine")
+        lines.append(
+            f"* load of others while measuring: {100 * min(loads):.0f} to {100 * max(loads):.0f} % of the machine"
+        )
     lines += [f"* tokens differ: {sentence}" for sentence in differing(records)]
     return "\n".join(lines)
 
@@ -190,6 +205,8 @@ def _share(share: float) -> str:
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)

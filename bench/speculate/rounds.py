@@ -18,6 +18,10 @@ Record = dict[str, Any]
 Tokens = list[list[int]]
 
 
+NUM_LEARNING_RUNS = 3
+"""Before an adaptive contender is measured: what is of interest is how it serves, not how it finds out what serves best."""
+
+
 @dataclass(frozen=True)
 class Case:
     """So many requests of a kind at once. `acceptance` is how often drafts are accepted where that is forced."""
@@ -42,16 +46,17 @@ class Workload:
     max_tokens: int
     acceptances: tuple[float, ...] = ()
 
-    def requests(self, case: Case) -> tuple[list[list[int]], list[SamplingParams]]:
-        """The requests of a case: all are there at once, and all end after `max_tokens`."""
-        seeds = list(range(case.batch_size))
+    def requests(self, case: Case, round_idx: int) -> tuple[list[list[int]], list[SamplingParams]]:
+        """The requests of a case: all are there at once, and all end after `max_tokens`. Each round has seeds of its own."""
+        num_seeds = (round_idx + 1) * case.batch_size
+        seeds = list(range(num_seeds))
         if case.acceptance is not None:
-            seeds = seeds_of(self.acceptances.index(case.acceptance), len(self.acceptances), case.batch_size)
+            seeds = seeds_of(self.acceptances.index(case.acceptance), len(self.acceptances), num_seeds)
         params = [
             SamplingParams(
                 temperature=case.temperature, max_tokens=self.max_tokens, seed=seed, ignore_eos=True, detokenize=False
             )
-            for seed in seeds
+            for seed in seeds[-case.batch_size :]
         ]
         return self.prompts[case.kind][: case.batch_size], params
 
@@ -82,25 +87,27 @@ def run_case(
     case: Case, contenders: Sequence[Contender], workload: Workload, num_rounds: int, say: Callable[[str], None]
 ) -> list[Record]:
     """Measures a case: a record for each contender, the first of which is the one that the others are compared with."""
-    requests = workload.requests(case)
     policies = {contender.name: contender.new_policy() for contender in contenders}
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
 
-    def run_once(contender: Contender) -> Run:
+    def run_once(contender: Contender, round_idx: int) -> Run:
         # Contenders may share an engine.
         contender.use(policies[contender.name])
-        return run(contender.llm, *requests)
+        return run(contender.llm, *workload.requests(case, round_idx))
 
     for contender in contenders:
-        run_once(contender)  # warm, and an adaptive one has seen such requests
+        for _ in range(1 if contender.num_drafts is not None else NUM_LEARNING_RUNS):
+            run_once(contender, num_rounds)
     load = OtherLoad()
     for idx in range(num_rounds):
         # Nobody always follows the same one.
         first = idx % len(contenders)
         for contender in (*contenders[first:], *contenders[:first]):
-            runs[contender.name].append(run_once(contender))
+            runs[contender.name].append(run_once(contender, idx))
     other_load = load.so_far()
-    rates = ", ".join(f"{name} {statistics.median(one.tokens_per_s for one in found):.4g}" for name, found in runs.items())
+    rates = ", ".join(
+        f"{name} {statistics.median(one.tokens_per_s for one in found):.4g}" for name, found in runs.items()
+    )
     say(f"{case.title}: {rates} tokens/s")
     base = runs[contenders[0].name]
     return [
@@ -180,7 +187,11 @@ def equality(mine: Sequence[Tokens], base: Sequence[Tokens]) -> Record:
     first: list[int] | None = None
     for rows, expected in zip(mine, base, strict=True):
         for request, (row, wanted) in enumerate(zip(rows, expected, strict=True)):
-            places = [place for place in range(max(len(row), len(wanted))) if row[place : place + 1] != wanted[place : place + 1]]
+            places = [
+                place
+                for place in range(max(len(row), len(wanted)))
+                if row[place : place + 1] != wanted[place : place + 1]
+            ]
             num_tokens += max(len(row), len(wanted))
             num_equal += max(len(row), len(wanted)) - len(places)
             if places and first is None:

@@ -37,7 +37,8 @@ class UnfusedRound:
 
     def __init__(self, core: EngineCore, shape: StepShape) -> None:
         """Compiles both."""
-        assert shape.num_drafts and shape.num_decode_steps == 1, shape
+        assert shape.num_drafts > 0, shape
+        assert shape.num_decode_steps == 1, shape
         plan, source = core.plan, core.runner.step_source(shape)
         mesh, backend = plan.mesh, plan.backend
         state_specs = specs_of(source.arguments[1])
@@ -59,7 +60,9 @@ class UnfusedRound:
 
 
 def _draft_program(config: StepConfig, shape: StepShape) -> Program:
-    def run(weights: Weights, state: DeviceState, inputs: ModelInput) -> tuple[DeviceState, tuple[jax.Array, jax.Array]]:
+    def run(
+        weights: Weights, state: DeviceState, inputs: ModelInput
+    ) -> tuple[DeviceState, tuple[jax.Array, jax.Array]]:
         """The number of drafts of each row [R] int32, and the drafts [R, K] int32, for the host."""
         inputs, rows = begin_step(shape, state.slots, inputs)
         state, num_drafts = draft(config, shape, weights, state, inputs, rows)
@@ -122,12 +125,12 @@ def _compare(
     num_rounds: int,
     say: Callable[[str], None],
 ) -> Record:
-    prompts, params = workload.requests(case)
     contender.use(contender.new_policy())
     milliseconds: dict[bool, list[float]] = {True: [], False: []}
     tokens: dict[bool, list[Tokens]] = {True: [], False: []}
     load = OtherLoad()
     for idx in range(num_rounds + 1):
+        prompts, params = workload.requests(case, idx)
         for is_fused in (True, False) if idx % 2 else (False, True):
             with unfused(contender.llm.core, {} if is_fused else programs):
                 seconds, found = timed_steps(contender.llm, prompts, params)
@@ -150,7 +153,9 @@ def _compare(
         "saved_share": asdict(Figure.of(shares)),
         **equality(tokens[False], tokens[True]),
     }
-    say(f"{contender.name}, {case.title}: {record['fused_ms']['median']:.3g} ms fused, {record['unfused_ms']['median']:.3g} not")
+    say(
+        f"{contender.name}, {case.title}: {record['fused_ms']['median']:.3g} ms fused, {record['unfused_ms']['median']:.3g} not"
+    )
     return record
 
 
