@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from quire.backends.neuron import NeuronOptions
 from quire.backends.select import select_backend
 from quire.bench.peers.chart import require_matplotlib
 from quire.bench.peers.rounds import say
@@ -25,11 +26,14 @@ from quire.bench.speculate.report import break_evens, differing, tables
 from quire.bench.speculate.rounds import Case, Record, Workload, run_case
 from quire.bench.speculate.unfused import compare_fused
 from quire.engine.arguments import add_engine_flags, engine_arguments
+from quire.engine.config import EngineConfig
 from quire.engine.speculation import METHODS
 from quire.engine.tokenizer import load_tokenizer
 from quire.kernels.errors import InvalidConfigError
 from quire.models.checkpoint import resolve_model
 
+DEFAULT_METHODS = ("draft_model", "ngram")
+UNFUSED_BATCH_SIZES = (1, 8)
 FORCED = "forced"
 FORCED_PROMPT_LEN = 32
 OWN_SETTINGS = ("speculative_config", "max_num_seqs", "max_model_len", "sampling")
@@ -42,7 +46,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--draft-model", default="demo-draft", help="for the methods that have one (default: %(default)s)"
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help=f"(default: {' '.join(METHODS)})")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help=f"(default: {' '.join(DEFAULT_METHODS)})")
     parser.add_argument("--num-speculative-tokens", type=int, nargs="+", metavar="K", help="(default: 2 4)")
     parser.add_argument(
         "--adaptive",
@@ -51,11 +55,11 @@ def add_command(commands: Any) -> None:
         help="also let the engine choose, up to the largest K (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", metavar="N", help="(default: 1 2 4 8 16; forced: 1 2 4 8)"
+        "--batch-sizes", type=int, nargs="+", metavar="N", help="(default: 1 2 4 8 16 32; forced: 1 2 4 8)"
     )
     parser.add_argument("--temperatures", type=float, nargs="+", metavar="T", help="(default: 0 0.8; forced: 0)")
     parser.add_argument("--kinds", nargs="+", choices=(STRUCTURED, OPEN_ENDED), default=[STRUCTURED, OPEN_ENDED])
-    parser.add_argument("--max-tokens", type=int, help="of each output (default: 96; forced: 48)")
+    parser.add_argument("--max-tokens", type=int, help="of each output (default: 96; forced: 32)")
     parser.add_argument("--rounds", type=int, help="each contender once a round (default: 3)")
     parser.add_argument(
         "--acceptance",
@@ -105,7 +109,7 @@ def run(namespace: argparse.Namespace) -> int:
     add(break_evens(records))
     if namespace.unfused:
         most = max(namespace.num_speculative_tokens)
-        few_and_many = [case for case in _greedy(cases) if case.batch_size in (min(namespace.batch_sizes), 8)]
+        few_and_many = _unfused_cases(cases, max(namespace.batch_sizes))
         for contender in contenders:
             if contender.method != NO_SPECULATION and contender.num_drafts == most:
                 add(compare_fused(contender, few_and_many, workload, namespace.rounds, say))
@@ -116,11 +120,11 @@ def _fill_in(namespace: argparse.Namespace) -> None:
     """Decides what was not said. Raises InvalidConfigError for what cannot be measured."""
     is_forced, is_quick = bool(namespace.acceptance), namespace.quick
     defaults: dict[str, Any] = {
-        "methods": ["draft_model"] if is_forced else list(METHODS),
+        "methods": ["draft_model"] if is_forced else list(DEFAULT_METHODS),
         "num_speculative_tokens": [2] if is_quick else [4] if is_forced else [2, 4],
-        "batch_sizes": [1, 2] if is_quick else [1, 2, 4, 8] if is_forced else [1, 2, 4, 8, 16],
+        "batch_sizes": [1, 2] if is_quick else [1, 2, 4, 8] if is_forced else [1, 2, 4, 8, 16, 32],
         "temperatures": [0.0] if is_forced else [0.0, 0.8],
-        "max_tokens": 16 if is_quick else 48 if is_forced else 96,
+        "max_tokens": 16 if is_quick else 32 if is_forced else 96,
         "rounds": 2 if is_quick else 3,
         "shape": "tiny" if is_quick else "llama-135m",
     }
@@ -175,8 +179,12 @@ def _forced(namespace: argparse.Namespace) -> tuple[Setup, Workload, list[Case]]
         for batch_size in namespace.batch_sizes
         for acceptance in acceptances
     ]
+    device = EngineConfig.from_arguments(**arguments).device
+    neuron = NeuronOptions(
+        emulate=device.emulate, runtime=device.neuron_runtime, logical_cores=device.neuron_logical_cores
+    )
     backend = ForcedBackend(
-        select_backend(arguments.get("device", "auto")), acceptances, lambda config: config.hidden_size != hidden_size
+        select_backend(device.device, 1, neuron), acceptances, lambda config: config.hidden_size != hidden_size
     )
     return _setup(namespace, str(target), str(draft), workload, backend), workload, cases
 
@@ -195,15 +203,12 @@ def _setup(
     )
 
 
-def _greedy(cases: Sequence[Case]) -> list[Case]:
-    """The cases of the first kind at the lowest temperature, at the highest acceptance where it is forced."""
+def _unfused_cases(cases: Sequence[Case], max_batch_size: int) -> list[Case]:
+    """A small and a larger batch of the first kind, at the lowest temperature, and the highest acceptance where it is forced."""
     temperature = min(case.temperature for case in cases)
-    acceptance = max((case.acceptance or 0.0) for case in cases)
-    return [
-        case
-        for case in cases
-        if (case.kind, case.temperature, case.acceptance or 0.0) == (cases[0].kind, temperature, acceptance)
-    ]
+    acceptances = [case.acceptance for case in cases if case.acceptance is not None]
+    sizes = sorted({min(size, max_batch_size) for size in UNFUSED_BATCH_SIZES})
+    return [Case(cases[0].kind, size, temperature, max(acceptances, default=None)) for size in sizes]
 
 
 def _about(namespace: argparse.Namespace, setup: Setup, llm: Any) -> Record:

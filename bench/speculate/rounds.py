@@ -18,7 +18,7 @@ Record = dict[str, Any]
 Tokens = list[list[int]]
 
 
-NUM_LEARNING_RUNS = 3
+NUM_LEARNING_RUNS = 2
 """Before an adaptive contender is measured: what is of interest is how it serves, not how it finds out what serves best."""
 
 
