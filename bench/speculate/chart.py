@@ -47,7 +47,7 @@ def write_chart(records: Sequence[Record], path: Path) -> None:
     canvas.subplots_adjust(
         left=0.05,
         right=0.985,
-        top=1 - 1.45 / height,
+        top=1 - 1.35 / height,
         bottom=0.55 / height,
         wspace=0.24,
         hspace=1.0 / (PANEL_HEIGHT - 1.0),
@@ -110,18 +110,13 @@ def _draw_line(axes: Any, records: Sequence[Record], label: str, color: str, *, 
     medians = [record["ratio"]["median"] for record in ordered]
     below = [max(record["ratio"]["median"] - record["ratio"]["low"], 0.0) for record in ordered]
     above = [max(record["ratio"]["high"] - record["ratio"]["median"], 0.0) for record in ordered]
+    sizes = [record["batch_size"] for record in ordered]
     axes.errorbar(
-        [record["batch_size"] for record in ordered],
-        medians,
-        yerr=[below, above],
-        label=label,
-        color=color,
-        linestyle="--" if is_dashed else "-",
-        marker="o",
-        markersize=4,
-        linewidth=1.8,
-        elinewidth=0.8,
-        capsize=2,
+        sizes, medians, yerr=[below, above], color=color, alpha=0.4, linewidth=0, elinewidth=0.9, capsize=2, zorder=2
+    )
+    style = "--" if is_dashed else "-"
+    axes.plot(
+        sizes, medians, label=label, color=color, linestyle=style, marker="o", markersize=4, linewidth=1.8, zorder=3
     )
 
 
@@ -131,7 +126,7 @@ def _style_ratios(axes: Any, title: str, records: Sequence[Record]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
-    axes.set_ylim(0, 1.35 * max(record["ratio"]["high"] for record in records))
+    axes.set_ylim(0, 1.45 * max(1.0, *(record["ratio"]["median"] for record in records)))
     axes.set_xlabel("batch size", fontsize=9, color=FAINT)
     _title(axes, title, "tokens/s over no speculation")
     axes.legend(fontsize=7.5, ncols=2, frameon=False, loc="upper right")
@@ -172,8 +167,14 @@ def _draw_forced_acceptance(records: Sequence[Record], axes: Any) -> None:
         color = _acceptance_shade(record, records)
         positions = list(range(1, most + 1))
         axes.plot(positions, [record["acceptance"] ** i for i in positions], color=color, linewidth=1, linestyle=":")
-        found = [*record["accepted_per_pos"], *[0.0] * (most - len(record["accepted_per_pos"]))]
-        axes.plot(positions, found, color=color, marker="o", linewidth=0, label=f"{record['acceptance']:g}")
+        axes.plot(
+            positions,
+            record["accepted_per_pos"],
+            color=color,
+            marker="o",
+            linewidth=0,
+            label=f"{record['acceptance']:g}",
+        )
     _style_acceptance(axes, most)
     _title(axes, f"acceptance per position, forced, K={most}", "dots: measured; lines: what was asked for")
 

@@ -60,7 +60,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", metavar="T", help="(default: 0 0.8; forced: 0)")
     parser.add_argument("--kinds", nargs="+", choices=(STRUCTURED, OPEN_ENDED), default=[STRUCTURED, OPEN_ENDED])
     parser.add_argument("--max-tokens", type=int, help="of each output (default: 96; forced: 32)")
-    parser.add_argument("--rounds", type=int, help="each contender once a round (default: 3)")
+    parser.add_argument("--rounds", type=int, help="each contender once a round (default: 5; forced: 3)")
     parser.add_argument(
         "--acceptance",
         type=float,
@@ -112,7 +112,7 @@ def run(namespace: argparse.Namespace) -> int:
         few_and_many = _unfused_cases(cases, max(namespace.batch_sizes))
         for contender in contenders:
             if contender.method != NO_SPECULATION and contender.num_drafts == most:
-                add(compare_fused(contender, few_and_many, workload, namespace.rounds, say))
+                add(compare_fused(contender, few_and_many, workload, 2 * namespace.rounds, say))
     return _report(records, namespace)
 
 
@@ -124,8 +124,8 @@ def _fill_in(namespace: argparse.Namespace) -> None:
         "num_speculative_tokens": [2] if is_quick else [4] if is_forced else [2, 4],
         "batch_sizes": [1, 2] if is_quick else [1, 2, 4, 8] if is_forced else [1, 2, 4, 8, 16, 32],
         "temperatures": [0.0] if is_forced else [0.0, 0.8],
-        "max_tokens": 16 if is_quick else 32 if is_forced else 96,
-        "rounds": 2 if is_quick else 3,
+        "max_tokens": 32 if is_quick else 32 if is_forced else 96,
+        "rounds": 2 if is_quick else 3 if is_forced else 5,
         "shape": "tiny" if is_quick else "llama-135m",
     }
     for name, value in defaults.items():
@@ -204,11 +204,11 @@ def _setup(
 
 
 def _unfused_cases(cases: Sequence[Case], max_batch_size: int) -> list[Case]:
-    """A small and a larger batch of the first kind, at the lowest temperature, and the highest acceptance where it is forced."""
+    """A small and a larger batch of the first kind, at the lowest temperature and the lowest forced acceptance, which takes most rounds."""
     temperature = min(case.temperature for case in cases)
     acceptances = [case.acceptance for case in cases if case.acceptance is not None]
     sizes = sorted({min(size, max_batch_size) for size in UNFUSED_BATCH_SIZES})
-    return [Case(cases[0].kind, size, temperature, max(acceptances, default=None)) for size in sizes]
+    return [Case(cases[0].kind, size, temperature, min(acceptances, default=None)) for size in sizes]
 
 
 def _about(namespace: argparse.Namespace, setup: Setup, llm: Any) -> Record:

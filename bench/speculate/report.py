@@ -187,6 +187,9 @@ def _notes(records: Sequence[Record]) -> str:
         lines.append(
             f"* medians of {min(num_rounds)} interleaved rounds (lowest..highest); ratios are taken round by round"
         )
+        lines.append(
+            "* rounds: of all rows, those with drafts; accepted per position: of those that drafted so far, the share that accepted so far"
+        )
     if loads:
         lines.append(
             f"* load of others while measuring: {100 * min(loads):.0f} to {100 * max(loads):.0f} % of the machine"

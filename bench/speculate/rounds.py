@@ -13,6 +13,8 @@ from quire.bench.peers.report import Figure
 from quire.bench.speculate.contenders import Contender
 from quire.bench.speculate.forced import seeds_of
 from quire.engine import LLM, SamplingParams
+from quire.engine.request import EngineCoreRequest
+from quire.engine.step_data import DraftRound
 
 Record = dict[str, Any]
 Tokens = list[list[int]]
@@ -73,10 +75,8 @@ class Run:
     seconds: float
     tokens: Tokens
     num_steps: int
-    num_rounds: int
-    """Times that drafts of a row were verified."""
-    num_draft_tokens: int
-    num_accepted_per_pos: tuple[int, ...]
+    rounds: tuple[DraftRound, ...]
+    """Of all requests; those without drafts are left out."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -139,46 +139,56 @@ class OtherLoad:
 
 def run(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> Run:
     """All requests at once, from the first step to the last; nothing is found in a cache."""
-    llm.core.scheduler.kv_cache.forget_prefixes()
-    before = llm.stats()
+    add_requests(llm, prompts, params)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    rounds: list[DraftRound] = []
+    begin_steps = llm.stats().num_steps
     begin = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    while llm.core.has_work:
+        for output in llm.core.step():
+            tokens[int(output.request_id)] += output.new_token_ids
+            rounds += [one for one in output.rounds if one.num_drafts]
     seconds = time.perf_counter() - begin
-    after = llm.stats()
-    counts = zip(after.num_accepted_per_pos, before.num_accepted_per_pos, strict=True)
-    return Run(
-        seconds=seconds,
-        tokens=[output.outputs[0].token_ids for output in outputs],
-        num_steps=after.num_steps - before.num_steps,
-        num_rounds=after.num_draft_rounds - before.num_draft_rounds,
-        num_draft_tokens=after.num_draft_tokens - before.num_draft_tokens,
-        num_accepted_per_pos=tuple(now - then for now, then in counts),
-    )
+    return Run(seconds, tokens, llm.stats().num_steps - begin_steps, tuple(rounds))
+
+
+def add_requests(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> None:
+    """Queues requests whose ids are their numbers, in an engine that is idle and then knows no prompt any more."""
+    assert not llm.core.has_work
+    llm.core.scheduler.kv_cache.forget_prefixes()
+    for idx, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+        llm.core.add_request(EngineCoreRequest(str(idx), tuple(prompt), wanted, arrival_time=time.monotonic()))
 
 
 def figures(runs: Sequence[Run], base: Sequence[Run]) -> Record:
     """What a contender's runs come to, beside the runs of the same rounds without speculation.
 
-    `accepted_per_pos[i]` is the share of rounds whose first i + 1 drafts were accepted; `tokens_per_round` of a row counts the token that
-    follows them. `tokens_per_step` counts steps of prompts and rounds without drafts as well.
+    `tokens_per_round` is what a row's drafts brought it with the token that follows them; `tokens_per_step` counts steps of prompts and
+    rounds without drafts as well.
     """
-    num_rounds = sum(one.num_rounds for one in runs)
-    per_pos = [sum(counts) for counts in zip(*(one.num_accepted_per_pos for one in runs), strict=True)]
-    while per_pos and per_pos[-1] == 0:
-        per_pos.pop()
+    rounds = [one for each in runs for one in each.rounds]
     num_tokens = sum(len(row) for one in runs for row in one.tokens)
     num_row_steps = sum(one.num_steps * len(one.tokens) for one in runs)
     ratios = [mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in zip(runs, base, strict=True)]
     return {
         "tokens_per_s": asdict(Figure.of([one.tokens_per_s for one in runs])),
         "ratio": asdict(Figure.of(ratios)),
-        "rounds": num_rounds,
-        "drafts_per_round": sum(one.num_draft_tokens for one in runs) / num_rounds if num_rounds else 0.0,
-        "tokens_per_round": 1 + sum(per_pos) / num_rounds if num_rounds else 1.0,
-        "accepted_per_pos": [count / num_rounds for count in per_pos] if num_rounds else [],
+        "rounds": len(rounds),
+        "drafts_per_round": statistics.fmean(one.num_drafts for one in rounds) if rounds else 0.0,
+        "tokens_per_round": statistics.fmean(one.num_accepted + 1 for one in rounds) if rounds else 1.0,
+        "accepted_per_pos": accepted_per_pos(rounds),
         "tokens_per_step": num_tokens / num_row_steps,
         **equality([one.tokens for one in runs], [one.tokens for one in base]),
     }
+
+
+def accepted_per_pos(rounds: Sequence[DraftRound]) -> list[float]:
+    """For each position, of the rounds that drafted so far, the share that accepted so far."""
+    shares = []
+    for position in range(max((one.num_drafts for one in rounds), default=0)):
+        reaching = [one for one in rounds if one.num_drafts > position]
+        shares.append(sum(one.num_accepted > position for one in reaching) / len(reaching))
+    return shares
 
 
 def equality(mine: Sequence[Tokens], base: Sequence[Tokens]) -> Record:

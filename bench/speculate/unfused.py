@@ -1,17 +1,16 @@
 """The round as one dispatch, beside the same round as two with the host in between: what drafting in the step itself saves.
 
-Both are made of the halves that `quire.engine.step` is made of, and run in the same engine on the same requests: for the second way its
-programs are replaced by two each, and the host reads the drafts before it launches the second. That is the least an engine that
-drafts apart has to do; one that launches a program for each draft does more.
+Both are made of the halves that `quire.engine.step` is made of, and run in the same engine on the same requests: every few steps its
+programs are replaced by two each, where the host reads the drafts before it launches the second, and put back. That is the least an
+engine that drafts apart has to do; one that launches a program for each draft does more.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -21,15 +20,17 @@ import numpy as np
 from quire.backends.base import Program, StepShape
 from quire.bench.peers.report import Figure
 from quire.bench.speculate.contenders import Contender
-from quire.bench.speculate.rounds import Case, OtherLoad, Record, Tokens, Workload, equality
+from quire.bench.speculate.rounds import Case, OtherLoad, Record, Tokens, Workload, add_requests, equality, run
 from quire.engine import LLM, SamplingParams
 from quire.engine.core import EngineCore
 from quire.engine.device_state import DeviceState
 from quire.engine.drafting import Weights
 from quire.engine.programs import EVERYWHERE, ProgramSource, everywhere, specs_of, spread
-from quire.engine.request import EngineCoreRequest
 from quire.engine.step import ModelInput, StepConfig, StepOutput, begin_step, draft, verify, with_step_axis
+from quire.kernels.errors import InvalidConfigError
 from quire.kernels.sampling.rows import SamplingMode
+
+BLOCK = 4
 
 
 class UnfusedRound:
@@ -84,18 +85,6 @@ def _verify_program(config: StepConfig, shape: StepShape) -> Program:
     return run
 
 
-@contextmanager
-def unfused(core: EngineCore, programs: dict[StepShape, UnfusedRound]) -> Iterator[None]:
-    """Within the context the engine's steps of these shapes are not fused. The engine must be idle."""
-    assert not core.has_work
-    fused = {shape: core.runner.programs[shape] for shape in programs}
-    core.runner.programs.update(programs)
-    try:
-        yield
-    finally:
-        core.runner.programs.update(fused)
-
-
 def compare_fused(
     contender: Contender,
     cases: Sequence[Case],
@@ -119,26 +108,27 @@ def _is_measured(shape: StepShape, contender: Contender) -> bool:
 
 def _compare(
     contender: Contender,
-    programs: dict[StepShape, UnfusedRound],
+    unfused: dict[StepShape, UnfusedRound],
     case: Case,
     workload: Workload,
     num_rounds: int,
     say: Callable[[str], None],
 ) -> Record:
     contender.use(contender.new_policy())
-    milliseconds: dict[bool, list[float]] = {True: [], False: []}
-    tokens: dict[bool, list[Tokens]] = {True: [], False: []}
+    fused_ms: list[float] = []
+    unfused_ms: list[float] = []
+    tokens: list[Tokens] = []
+    expected: list[Tokens] = []
     load = OtherLoad()
     for idx in range(num_rounds + 1):
-        prompts, params = workload.requests(case, idx)
-        for is_fused in (True, False) if idx % 2 else (False, True):
-            with unfused(contender.llm.core, {} if is_fused else programs):
-                seconds, found = timed_steps(contender.llm, prompts, params)
-            if idx:  # the first of each warms up
-                milliseconds[is_fused].append(1e3 * statistics.median(seconds))
-            tokens[is_fused].append(found)
-    saved = [apart - one for one, apart in zip(milliseconds[True], milliseconds[False], strict=True)]
-    shares = [ms / apart for ms, apart in zip(saved, milliseconds[False], strict=True)]
+        requests = workload.requests(case, idx)
+        expected.append(run(contender.llm, *requests).tokens)
+        found = timed_steps(contender.llm, *requests, unfused, begins_unfused=idx % 2 == 1)
+        tokens.append(found.tokens)
+        if idx:  # the first warms up
+            fused_ms.append(1e3 * statistics.median(found.fused))
+            unfused_ms.append(1e3 * statistics.median(found.unfused))
+    saved = [apart - one for one, apart in zip(fused_ms, unfused_ms, strict=True)]
     record: Record = {
         "benchmark": "speculate",
         "part": "unfused",
@@ -147,35 +137,64 @@ def _compare(
         "method": contender.method,
         "num_drafts": contender.num_drafts,
         "other_load": load.so_far(),
-        "fused_ms": asdict(Figure.of(milliseconds[True])),
-        "unfused_ms": asdict(Figure.of(milliseconds[False])),
+        "fused_ms": asdict(Figure.of(fused_ms)),
+        "unfused_ms": asdict(Figure.of(unfused_ms)),
         "saved_ms": asdict(Figure.of(saved)),
-        "saved_share": asdict(Figure.of(shares)),
-        **equality(tokens[False], tokens[True]),
+        "saved_share": asdict(Figure.of([ms / apart for ms, apart in zip(saved, unfused_ms, strict=True)])),
+        **equality(tokens, expected),
     }
     say(
-        f"{contender.name}, {case.title}: {record['fused_ms']['median']:.3g} ms fused, {record['unfused_ms']['median']:.3g} not"
+        f"{contender.name}, {case.title}: {record['fused_ms']['median']:.4g} ms fused, "
+        f"{record['unfused_ms']['median']:.4g} unfused"
     )
     return record
 
 
-def timed_steps(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> tuple[list[float], Tokens]:
-    """Seconds of every step in which all requests decode, and the tokens of each request."""
+@dataclass(frozen=True)
+class TimedSteps:
+    """Seconds of steps in which all requests decode, and the tokens of each request."""
+
+    fused: list[float]
+    unfused: list[float]
+    tokens: Tokens
+
+
+def timed_steps(
+    llm: LLM,
+    prompts: Tokens,
+    params: Sequence[SamplingParams],
+    unfused: dict[StepShape, UnfusedRound],
+    *,
+    begins_unfused: bool,
+) -> TimedSteps:
+    """Runs the requests, `BLOCK` steps fused and `BLOCK` unfused in turns, so that both see the same moods of the machine.
+
+    The first step of each block is left out: it waits for one of the other way. Raises InvalidConfigError where there are too few steps.
+    """
     core = llm.core
-    core.scheduler.kv_cache.forget_prefixes()
-    tokens: dict[str, list[int]] = {}
-    for idx, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        request_id = f"timed-{idx}"
-        tokens[request_id] = []
-        core.add_request(EngineCoreRequest(request_id, tuple(prompt), wanted, arrival_time=time.monotonic()))
-    seconds: list[float] = []
-    while core.has_work:
-        begin = time.perf_counter()
-        outputs = core.step()
-        elapsed = time.perf_counter() - begin
-        # A request's first token ends a step of prompts.
-        if len(outputs) == len(prompts) and all(tokens[output.request_id] for output in outputs):
-            seconds.append(elapsed)
-        for output in outputs:
-            tokens[output.request_id] += output.new_token_ids
-    return seconds, list(tokens.values())
+    add_requests(llm, prompts, params)
+    fused = {shape: core.runner.programs[shape] for shape in unfused}
+    tokens: list[list[int]] = [[] for _ in prompts]
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    num_steps = 0
+    try:
+        while core.has_work:
+            is_unfused = (num_steps // BLOCK % 2 == 1) != begins_unfused
+            core.runner.programs.update(unfused if is_unfused else fused)
+            begin = time.perf_counter()
+            outputs = core.step()
+            elapsed = time.perf_counter() - begin
+            # A request's first token ends a step of prompts.
+            if len(outputs) == len(prompts) and all(tokens):
+                if num_steps % BLOCK:
+                    seconds[is_unfused].append(elapsed)
+                num_steps += 1
+            for output in outputs:
+                tokens[int(output.request_id)] += output.new_token_ids
+    finally:
+        core.runner.programs.update(fused)
+    if not (seconds[True] and seconds[False]):
+        raise InvalidConfigError(
+            f"outputs end after {num_steps} rounds, and {2 * BLOCK} are needed to time both ways: raise max_tokens"
+        )
+    return TimedSteps(seconds[False], seconds[True], tokens)
