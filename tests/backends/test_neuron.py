@@ -229,7 +229,7 @@ def test_the_emulated_engine_gives_the_tokens_of_the_cpu(family: str) -> None:
     check_idle(llm)
 
 
-@pytest.mark.parametrize("method", ["draft_model", "ngram"])
+@pytest.mark.parametrize("method", ["draft_model", pytest.param("ngram", marks=pytest.mark.slow)])
 def test_an_emulated_engine_that_speculates_gives_the_tokens_of_the_cpu(method: str) -> None:
     """The draft model is the target's first layer."""
     folder = str(tiny_folder())

@@ -22,14 +22,14 @@ from tests.engine.engines import TINY_CONFIG, FewShapesBackend, InterpretedBacke
 SEED = 5
 
 
-class _QuickCompiler:
+class QuickCompiler:
     """Compiles without optimizing, in a third of the time: that is what these tests spend theirs on."""
 
     def compile(self, lowered: Any) -> Any:
         return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
-class QuickBackend(_QuickCompiler, FewShapesBackend):
+class QuickBackend(QuickCompiler, FewShapesBackend):
     """The CPU with few programs, made quickly, whose sampler is no more than the engine was asked for."""
 
     def step_shapes(self, limits: ShapeLimits) -> list[StepShape]:
@@ -38,7 +38,7 @@ class QuickBackend(_QuickCompiler, FewShapesBackend):
         return [replace(s, prompt_logprobs=s.prompt_logprobs and most == SamplingMode.FULL) for s in shapes]
 
 
-class QuickInterpretedBackend(_QuickCompiler, InterpretedBackend):
+class QuickInterpretedBackend(QuickCompiler, InterpretedBackend):
     """The same with the TPU's kernels."""
 
 

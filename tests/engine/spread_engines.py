@@ -18,6 +18,7 @@ from quire.kernels.sampling.rows import SamplingMode
 from quire.models.checkpoint import SINGLE_FILE, save_params
 from quire.models.params import init_params
 from quire.models.registry import load_config
+from tests.engine.draft_engines import QuickCompiler
 from tests.engine.engines import XLA_KERNELS, FewShapesBackend, InterpretedBackend, check_idle, tiny_folder
 
 EVEN = {"hidden_size": 40, "num_attention_heads": 8, "intermediate_size": 56, "head_dim": 8}
@@ -100,11 +101,16 @@ def _speculative_config(model: str, draft: str | None) -> str | None:
     return json.dumps({"model": str(tiny_folder(**MODELS[model], num_hidden_layers=1)), **common})
 
 
+class QuickShapesBackend(QuickCompiler, PlainShapesBackend):
+    """The first of them, made quickly."""
+
+
 def run(
     model: str, num_devices: int, *, scan_layers: bool, interpreted: bool = False, draft: str | None = None
 ) -> tuple[list[list[int]], list[float]]:
     """Tokens of every request, and the first one's logprobs; requests that ask for little run by themselves once more."""
-    backend = (InterpretedShapesBackend if interpreted else PlainShapesBackend)(scan_layers=scan_layers)
+    kind = QuickShapesBackend if draft else PlainShapesBackend
+    backend = (InterpretedShapesBackend if interpreted else kind)(scan_layers=scan_layers)
     llm = LLM(
         str(_model_folder(model)),
         backend=backend,
