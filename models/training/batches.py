@@ -1,6 +1,6 @@
 """Token streams and the rows drawn from them: deterministic, without replacement within an epoch, resumable from a few counters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -102,13 +102,12 @@ class Sampler:
     streams: dict[str, Stream]
     seed: int
     counters: dict[str, int] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=lambda: STREAM_WEIGHTS)
 
     def batch(self, step: int, num_rows: int, length: int) -> Ids:
         """[num_rows, length + 1] token ids for one step."""
         names = list(self.streams)
-        weights = np.array(
-            [STREAM_WEIGHTS[name] if len(self.streams[name].ids) > 2 * length else 0.0 for name in names]
-        )
+        weights = np.array([self.weights[name] if len(self.streams[name].ids) > 2 * length else 0.0 for name in names])
         picks = np.random.default_rng([self.seed, step]).choice(len(names), size=num_rows, p=weights / weights.sum())
         return np.stack([self._next_row(names[pick], int(pick), length) for pick in picks])
 

@@ -113,17 +113,18 @@ def make_train_step(
 
     def step(target: TrainState, draft: TrainState, rows: jax.Array, factor: jax.Array) -> StepResult:
         (loss, teacher), gradients = jax.value_and_grad(target_loss, has_aux=True)(target[0], rows)
-        target = _updated(optimizers.target, target, gradients, factor)
+        target = updated(optimizers.target, target, gradients, factor)
         teacher = jax.lax.stop_gradient(teacher)
         (_, text_loss), gradients = jax.value_and_grad(draft_loss, has_aux=True)(draft[0], rows, teacher)
-        return target, _updated(optimizers.draft, draft, gradients, factor), loss, text_loss
+        return target, updated(optimizers.draft, draft, gradients, factor), loss, text_loss
 
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _updated(
+def updated(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Params, factor: jax.Array
 ) -> TrainState:
+    """The state after one update; `factor` is the schedule's."""
     params, optimizer_state = state
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
     return optax.apply_updates(params, jax.tree.map(lambda update: update * factor, updates)), optimizer_state
