@@ -25,8 +25,8 @@ from quire.kernels.errors import CheckpointError, ModelError
 from quire.models.config import ModelConfig
 from quire.models.params import Params, ParamSpec, Place, as_array, build_params, param_specs
 
-BUNDLED = {"demo": "target", "demo-draft": "draft"}
-"""Names that stand for the folders of the bundled models under models/demo."""
+BUNDLED = {"demo": "target", "demo-draft": "draft", "demo-eagle": "eagle"}
+"""Names that stand for the folders of the bundled models, and of the EAGLE-3 head of the first, under models/demo."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -38,7 +38,7 @@ _MAX_NAMES = 40
 
 
 def resolve_model(model: str) -> Path:
-    """The local folder of a model: a folder as it is, "demo" or "demo-draft", else a Hugging Face id, downloaded.
+    """The local folder of a model: a folder as it is, one of `BUNDLED`, else a Hugging Face id, downloaded.
 
     Raises ModelError saying what was tried and what to do.
     """

@@ -117,7 +117,7 @@ def test_without_a_compiler_the_wheel_is_built_without_kernels_and_works(files, 
 
 def test_the_demo_models_are_in_the_wheel_whole(files):
     demo = {name for name in expected("*") if name.startswith("quire/models/demo/")}
-    assert {f"quire/models/demo/{name}/model.safetensors" for name in ("target", "draft")} <= demo
+    assert {f"quire/models/demo/{name}/model.safetensors" for name in ("target", "draft", "eagle")} <= demo
     assert sorted(demo - files) == []
 
 

@@ -1,1 +1,1 @@
-"""How the bundled demo pair is made: corpus, tokenizer, batches, training step, export. Only `quire.models.train_demo` needs it."""
+"""How the bundled pair and its head are made: corpus, tokenizer, batches, steps, export. For `train_demo` and `train_eagle`."""

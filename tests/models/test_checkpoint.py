@@ -234,6 +234,7 @@ def test_a_model_is_a_folder_a_bundled_name_or_a_hub_id(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
     assert resolve_model("demo").parts[-3:] == ("models", "demo", "target")
     assert resolve_model("demo-draft").parts[-3:] == ("models", "demo", "draft")
+    assert resolve_model("demo-eagle").parts[-3:] == ("models", "demo", "eagle")
     with pytest.raises(ModelError, match=r"neither an existing folder.*'demo'.*Hugging Face id"):
         resolve_model(str(tmp_path / "nowhere"))
 
