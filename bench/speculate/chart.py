@@ -203,7 +203,7 @@ def _draw_unfused(records: Sequence[Record], axes: Any) -> None:
         axes.text(0, row - 0.4, name, va="bottom", fontsize=8, color=INK)
     axes.set_yticks([])
     axes.set_ylim(len(records) - 0.4, -1.3)
-    axes.set_xlim(0, 1.75)
+    axes.set_xlim(0, 2.1)
     axes.set_xticks([0, 0.5, 1.0], ["0", "50 %", "100 %"])
     axes.legend(fontsize=7.5, ncols=2, frameon=False, loc="upper left")
     _title(axes, "drafting in the step itself", "time of a step, share of drafting and verifying apart")

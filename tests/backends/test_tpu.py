@@ -97,15 +97,16 @@ SMALL = {
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "size", "settings"),
     [
         ("v5e:1x1", 1, ["--sampling", "greedy"]),
-        pytest.param("v5e:2x2", 4, ["--sampling", "random"], marks=pytest.mark.slow),
-        pytest.param("v5e:1x1", 1, ["--decode-steps-per-dispatch", "2"], marks=pytest.mark.slow),
+        ("v5e:2x2", 4, ["--sampling", "random"]),
+        ("v5e:1x1", 1, ["--decode-steps-per-dispatch", "2"]),
     ],
 )
-@pytest.mark.parametrize("method", ["draft_model", pytest.param("ngram", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["draft_model", "ngram"])
 def test_speculative_steps_compile_without_a_copy_of_either_cache(
     target: str, size: int, settings: list[str], method: str, tmp_path
 ) -> None:
@@ -114,7 +115,9 @@ def test_speculative_steps_compile_without_a_copy_of_either_cache(
         config["model"] = str(tiny_folder(**{**SMALL, "hidden_size": 128, "num_hidden_layers": 1}))
     flags = ["--max-num-seqs", "8", "--max-model-len", "256", "--num-kv-blocks", "40", "--output", str(tmp_path)]
     speculation = ["--speculative-config", json.dumps(config), "--tensor-parallel-size", str(size)]
-    assert main(["compile", str(tiny_folder(**SMALL)), "--target", target, *flags, *speculation, *settings]) == 0
+    command = [sys.executable, "-m", "quire.server.cli", "compile", str(tiny_folder(**SMALL)), "--target", target]
+    # In a process of its own: the compiler for chips that are not here cannot read what a cache of programs holds.
+    assert subprocess.run([*command, *flags, *speculation, *settings], check=False).returncode == 0
     report = json.loads((tmp_path / "report.json").read_text())
     names = [program["name"] for program in report["programs"]]
     assert any("of 3 drafts" in name for name in names)

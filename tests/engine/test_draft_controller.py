@@ -162,9 +162,10 @@ TRAFFIC = {
     "one of three rows good": [(flat(0.95), flat(0.05), flat(0.05))[idx % 3] for idx in range(64)],
     "good and middling rows": [(GOOD, flat(0.3))[idx % 2] for idx in range(64)],
 }
+MANY = pytest.param(64, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("num_rows", [1, 8, 64])
+@pytest.mark.parametrize("num_rows", [1, 8, MANY])
 @pytest.mark.parametrize("cost", [cheap, medium, by_token])
 @pytest.mark.parametrize("traffic", TRAFFIC)
 def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_number(traffic, cost, num_rows):
@@ -184,7 +185,7 @@ def test_a_source_that_seldom_proposes_is_used_where_it_pays(cost, num_rows, mos
 
 @pytest.mark.parametrize("cost", [cheap, medium, by_token])
 @pytest.mark.parametrize("rates", [FAILS, flat(0.02), flat(0.05)])
-@pytest.mark.parametrize("num_rows", [1, 4, 64])
+@pytest.mark.parametrize("num_rows", [1, 4, MANY])
 def test_where_drafts_fail_a_run_is_at_most_three_percent_slower_than_without_drafts(cost, rates, num_rows):
     assert Device(num_rows, cost).run([[rates] * num_rows], 2000).against_none <= 1.03
 

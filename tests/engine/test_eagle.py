@@ -193,6 +193,7 @@ def assert_same_tokens(outputs: list[RequestOutput], expected: list[RequestOutpu
     assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
 
 
+@pytest.mark.slow
 def test_the_kernels_of_tpus_give_the_same(plain: list[RequestOutput]) -> None:
     speculation = {"method": "eagle3", "model": str(head_folder()), "num_speculative_tokens": 2, "adaptive": False}
     llm = LLM(
