@@ -219,7 +219,9 @@ def tokens_of_the_cpu(folder: str) -> list[list[list[int]]]:
     return token_ids(llm.generate(PROMPTS, PARAMS, use_tqdm=False))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")]
+)
 def test_the_emulated_engine_gives_the_tokens_of_the_cpu(family: str) -> None:
     """Scanned layers, separate rectangles, 128-token tiles and the reference kernels, against the CPU's own path."""
     folder = str(tiny_folder(**FAMILIES[family]))
@@ -241,7 +243,7 @@ def test_an_emulated_engine_that_speculates_gives_the_tokens_of_the_cpu(method: 
     assert 0 < llm.stats().num_accepted_tokens < llm.stats().num_draft_tokens
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_engine_through_jaxs_plugin_gives_the_tokens_of_the_cpu(num_devices: int) -> None:
     """The plugin is stood in for by the CPU's client under its name; everything on this side of it is what runs on a device."""
     folder = str(tiny_folder(num_attention_heads=6, num_key_value_heads=2))

@@ -86,7 +86,7 @@ def test_rounds_have_the_same_prompts_and_other_seeds():
 # ---- forced acceptance
 
 
-@pytest.mark.parametrize("acceptance_idx", [0, 1, 2, 3])
+@pytest.mark.parametrize("acceptance_idx", [1, *(pytest.param(idx, marks=pytest.mark.slow) for idx in (0, 2, 3))])
 def test_a_seed_decides_how_often_drafts_are_the_targets_tokens(acceptance_idx):
     acceptances = (0.0, 0.6, 0.95, 1.0)
     rows = rows_of(seeds_of(acceptance_idx, len(acceptances), 20), 500)

@@ -166,7 +166,7 @@ MANY = pytest.param(64, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, MANY])
-@pytest.mark.parametrize("cost", [cheap, medium, by_token])
+@pytest.mark.parametrize("cost", [pytest.param(cheap, marks=pytest.mark.slow), medium, by_token])
 @pytest.mark.parametrize("traffic", TRAFFIC)
 def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_number(traffic, cost, num_rows):
     result = Device(num_rows, cost).run([TRAFFIC[traffic][:num_rows]], 3000 if num_rows < 64 else 2000)
