@@ -210,7 +210,7 @@ def inputs_of(config: EagleConfig) -> tuple[Params, Array, Array]:
     return {"embed_tokens": table}, jnp.asarray(random_ids(config.model.vocab_size, NUM_TOKENS)), captured
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_head_spread_over_devices_computes_what_one_device_does(name: str, size: int) -> None:
     """The devices are the rows of a vmap, each with what it would read of every parameter."""

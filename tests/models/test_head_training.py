@@ -150,6 +150,7 @@ def drafts_one_at_a_time(params: Any, ids: np.ndarray, captured: np.ndarray, cha
     return np.asarray(results)
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_what_the_head_drafts() -> None:
     """Every chain of a batch at once is each chain alone, from the cache that drafting has there."""
     parts = step_parts()
@@ -166,6 +167,7 @@ def test_what_is_trained_is_what_the_head_drafts() -> None:
         np.testing.assert_allclose([log_q[row, chain] for log_q in together], alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_draft_is_the_cross_entropy_two_tokens_after_its_feature() -> None:
     parts = step_parts()
     rows = random_ids(V, L).reshape(1, L)
@@ -273,6 +275,7 @@ def test_an_interrupted_run_goes_on_to_the_same_head(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_agreement_of_a_head_with_its_target_is_counted_row_by_row() -> None:
     """As many rows as there are come back, and a head's first drafts agree where its best token is the target's."""
     parts = step_parts()
