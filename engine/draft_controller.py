@@ -183,6 +183,8 @@ class StepCosts:
     WINDOW = 9
     # Steps of the engine after which a cell's samples are no longer compared with new ones: only their median stays.
     STALE_AFTER = 256
+    # Times what more drafts cost, beyond which a cell is taken to be wrong: noise stays below.
+    CONTRADICTED = 1.1
     # What each draft adds to a step until something was measured, as a fraction of a step without drafts.
     ASSUMED_PER_DRAFT = 0.1
 
@@ -219,9 +221,12 @@ class StepCosts:
         """Steps of the engine since this was measured last; infinite if it never was."""
         return self._num_steps - self._measured_at.get((bucket, arm), -math.inf)
 
-    def is_sure(self, bucket: int, arm: int) -> bool:
-        """Whether one slow step cannot be all that is known of this."""
-        return len(self._samples.get((bucket, arm), ())) > 1
+    def is_sure(self, bucket: int, arm: int, estimate: float) -> bool:
+        """Whether more than a single step is known of this, and it is not contradicted by what more drafts cost."""
+        if len(self._samples.get((bucket, arm), ())) < 2:
+            return False
+        median = self._medians[bucket][arm]
+        return median is not None and median <= self.CONTRADICTED * estimate
 
     def measured(self, bucket: int) -> Sequence[float | None]:
         """Seconds by arm, None where never measured."""
@@ -288,7 +293,8 @@ class DraftController:
     * A larger K that would win if all drafts were accepted. At first `MIN_INTERVAL` steps apart; each that did not pay for
       itself doubles the interval up to `MAX_INTERVAL`, one that did halves it and is followed by another at once. So text that
       has become predictable is tried within MAX_INTERVAL steps, or as many as it takes to save for a probe if that is longer.
-    * Any other K, for its cost alone, when that was measured less than twice or not for `REMEASURE_AFTER` steps.
+    * Any other K, for its cost alone, when that was measured less than twice, or not for `REMEASURE_AFTER` steps, or lies
+      above what more drafts cost: then the machine was slower when it was measured.
 
     Each probe is paid from a budget, `EXPLORATION_SHARE` of the time served: the time by which it is expected to fall behind the
     best K, corrected once its tokens are known. Among several, the one is taken for which age by price is largest, which gives
@@ -304,6 +310,9 @@ class DraftController:
     MIN_INTERVAL = 8
     MAX_INTERVAL = 64
     REMEASURE_AFTER = 512
+    # After a choice of no drafts, steps for which it holds unseen: on small models the host's time to choose counts, and what led to it
+    # changes slowly.
+    REST = 7
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 8
 
@@ -322,10 +331,19 @@ class DraftController:
         self._interval = self.MIN_INTERVAL
         self._steps_since_probe = 0
         self._probe: _Probe | None = None
+        self._rest = 0
 
     def new_acceptance(self) -> Acceptance:
         """For a new request."""
         return Acceptance(self._curve, self.acceptance)
+
+    def rests(self) -> bool:
+        """Whether the next step goes without drafts, whatever its rows; else `choose` is to be asked."""
+        if not self._rest:
+            return False
+        self._rest -= 1
+        self._steps_since_probe += 1
+        return True
 
     def choose(self, num_rows: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> int:
         """K for a step with these decode rows. `limits[i]` is the most drafts row i may have, 0 if it does not speculate.
@@ -336,6 +354,7 @@ class DraftController:
         most = max(limits, default=0)
         num_arms = sum(count <= most for count in self.draft_counts)
         if num_arms <= 1:
+            self._rest = self.REST if self._probe is None else 0
             return 0
         bucket = self._costs.bucket(num_rows)
         seconds = self._costs.estimates(bucket)
@@ -355,6 +374,8 @@ class DraftController:
                 if arm > best:
                     num_needed = rates[best] * seconds[arm] - len(rows) - self._accepted_anyway(best, rows, limits)
                     self._probe = _Probe(self.draft_counts[best], num_needed, price, 1 / rates[best])
+            if arm == 0 == best and self._probe is None:
+                self._rest = self.REST
         return self.draft_counts[arm]
 
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
@@ -417,10 +438,10 @@ class DraftController:
             if arm == best:
                 continue
             age = self._costs.age(bucket, arm)
-            is_old = age > self.REMEASURE_AFTER or not self._costs.is_sure(bucket, arm)
+            loss = max(seconds[arm] - tokens[arm] / best_rate, 0.01 * seconds[arm])
+            is_old = age > self.REMEASURE_AFTER or not self._costs.is_sure(bucket, arm, seconds[arm])
             most_tokens = tokens[0] + min(sum_limits, count * tokens[0])
             if is_old or (arm > best and most_tokens > best_rate * seconds[arm]):
-                loss = max(seconds[arm] - tokens[arm] / best_rate, 0.01 * seconds[arm])
                 score = min(age, self.REMEASURE_AFTER) / loss
                 if score > highest_score:
                     chosen, price, highest_score = arm, loss, score

@@ -5,8 +5,9 @@ Knows neither the device nor where drafts come from, and nothing it decides can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 from quire.engine.kv_cache_manager import KVCacheManager
@@ -23,6 +24,10 @@ class DraftPolicy(Protocol):
 
     def new_acceptance(self) -> Any:
         """What is remembered of a request."""
+        ...
+
+    def rests(self) -> bool:
+        """Whether the next step goes without drafts, whatever its rows: `choose` is then not asked."""
         ...
 
     def choose(self, num_rows: int, rows: Sequence[Any], limits: Sequence[int]) -> int:
@@ -50,6 +55,9 @@ class FixedDrafts:
 
     def new_acceptance(self) -> None:
         return None
+
+    def rests(self) -> bool:
+        return False
 
     def choose(self, num_rows: int, rows: Sequence[Any], limits: Sequence[int]) -> int:
         return self._num_drafts if any(limits) else 0
@@ -135,12 +143,15 @@ class DraftScheduler:
         self._ready: set[str] = set()
         self._num_tiles: dict[str, int] = {}
 
-    def begin_step(self, requests: Sequence[Request], *, may_draft: bool) -> int:
-        """How many tokens to draft in a step whose decode rows are those of `requests`."""
+    def begin_step(self, decoding: Iterable[Request], most_rows: int, *, may_draft: bool) -> int:
+        """How many tokens to draft in a step whose decode rows are the first of `decoding`, which is looked at only where it matters."""
         self._ready.clear()
         self._num_tiles.clear()
         self.num_drafts = 0
-        if not (may_draft and requests):
+        if not may_draft or self.policy.rests():
+            return 0
+        requests = list(islice(decoding, most_rows))
+        if not requests:
             return 0
         limits = [request.max_drafts if self._may_draft(request) else 0 for request in requests]
         wanted = self.policy.choose(len(requests), [request.draft_acceptance for request in requests], limits)

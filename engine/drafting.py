@@ -194,11 +194,10 @@ def latest_match(tokens: jax.Array, num_tokens: jax.Array, max_tokens: int) -> t
 class CatchUpInput:
     """What the host sends so that the draft model's cache catches up; where a row's begins is on the device."""
 
-    slots: Any  # [P] int32; the sink for padding
-    starts: Any  # [P] int32, leading tokens that the cache has at least
-    tile_idx: Any  # [P] int32, which of its row's tiles it is
-    is_last: Any  # [P] bool, whether it is the last of them
-    tables: Any  # [P, M] int32
+    tiles: Any  # [P, 4 + M] int32: slot, the sink for padding; leading tokens that the cache has at least; which of its
+    # row's tiles it is; 1 for the last of them; block table
+
+    COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -238,6 +237,7 @@ class ModelDrafter:
                 sampling_rows(slots, slot_ids, jnp.where(drafts_now, start, 0), shape.sampling),
                 shape.sampling,
                 num_logprobs=0,
+                is_used=drafts_now,
             )
             end = jnp.minimum(jnp.where(drafts_now, start, 0), slots.tokens.shape[1] - 1)
             tokens = slots.tokens.at[slot_ids, end].set(sampled.token_ids, mode="promise_in_bounds")
@@ -273,15 +273,15 @@ class ModelDrafter:
         """The state with up to C more tokens per tile in the draft model's cache; a row's newest token is left to its next draft."""
         slots, tile_size = state.slots, shape.tile_size
         sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
-        slot_ids = jnp.clip(inputs.slots, 0, sink)
+        starts, tile_idx, is_last = inputs.tiles[:, 1], inputs.tiles[:, 2], inputs.tiles[:, 3] > 0
+        tables = inputs.tiles[:, CatchUpInput.COLUMNS :]
+        slot_ids = jnp.clip(inputs.tiles[:, 0], 0, sink)
         num_known = jnp.clip(slots.num_tokens[slot_ids] - 1, 0, max_len)
-        begin = jnp.clip(jnp.maximum(slots.num_drafted[slot_ids], inputs.starts), 0, max_len)
-        start = jnp.clip(begin + jnp.clip(inputs.tile_idx, 0, shape.prefill_tiles) * tile_size, 0, max_len)
+        begin = jnp.clip(jnp.maximum(slots.num_drafted[slot_ids], starts), 0, max_len)
+        start = jnp.clip(begin + jnp.clip(tile_idx, 0, shape.prefill_tiles) * tile_size, 0, max_len)
         lens = jnp.clip(num_known - start, 0, tile_size)
-        _, cache = self._run(
-            slots, state.draft_cache, weights, slot_ids, inputs.tables, start, lens, tile_size, block_size
-        )
-        counted = jnp.where(inputs.is_last, slot_ids, sink)
+        _, cache = self._run(slots, state.draft_cache, weights, slot_ids, tables, start, lens, tile_size, block_size)
+        counted = jnp.where(is_last, slot_ids, sink)
         ends = jnp.where(counted == sink, 0, jnp.maximum(begin, jnp.minimum(num_known, start + tile_size)))
         slots = slots.replace(  # type: ignore[attr-defined]
             num_drafted=slots.num_drafted.at[counted].set(ends, mode="promise_in_bounds")

@@ -68,10 +68,11 @@ class EagleDrafter:
             )
             slot_ids = jnp.where(drafts_now, rows.slots, sink)
             sampled = self.part.ops.sample.function(
-                head_logits(weights.draft, self.head, features, self.part.parallel),
+                head_logits(weights.draft, self.head, features, self.part.parallel, is_used=drafts_now),
                 sampling_rows(slots, slot_ids, end, shape.sampling),
                 mode=shape.sampling,
                 num_logprobs=0,
+                is_used=drafts_now,
             )
             tokens = slots.tokens.at[slot_ids, jnp.minimum(end, max_len - 1)].set(
                 sampled.token_ids, mode="promise_in_bounds"

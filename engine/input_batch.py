@@ -94,38 +94,31 @@ class InputBatch:
         for update in step.block_updates:
             self._apply(update)
         shape = self._chooser.choose(self._need(step))
-        decode_slots = np.full(shape.decode_rows, self._sink, np.int32)
-        decode_slots[: len(step.decode)] = [row.slot for row in step.decode]
-        decode_drafts = np.zeros(shape.decode_rows, np.int32)
-        decode_drafts[: len(step.decode)] = [row.num_drafts for row in step.decode]
+        inputs = self.padding(shape)
+        assert isinstance(inputs, ModelInput), shape
+        decode, tiles = inputs.decode, inputs.tiles
+        num_blocks, rows = shape.context_blocks, len(step.decode)
+        if rows:
+            slots = [row.slot for row in step.decode]
+            decode[:rows, 0] = slots
+            if step.num_drafts:
+                decode[:rows, 1] = [row.num_drafts for row in step.decode]
+            decode[:rows, ModelInput.DECODE_COLUMNS :] = self._tables[slots, :num_blocks]
         num_decoded = shape.decode_rows * shape.decode_width
-        tile_slots = np.full(shape.prefill_tiles, self._sink, np.int32)
-        tile_starts = np.zeros(shape.prefill_tiles, np.int32)
-        tile_lens = np.zeros(shape.prefill_tiles, np.int32)
-        tile_samples = np.zeros(shape.prefill_tiles, np.bool_)
         first_tiles, sampled_tiles, tile = [], [], 0
         for chunk in step.prefill:
             num_tiles = self._limits.num_tiles(chunk.num_tokens)
-            tiles = slice(tile, tile + num_tiles)
+            mine = tiles[tile : tile + num_tiles]
             offsets = np.arange(num_tiles, dtype=np.int32) * shape.tile_size
-            tile_slots[tiles] = chunk.slot
-            tile_starts[tiles] = chunk.start + offsets
-            tile_lens[tiles] = np.minimum(chunk.num_tokens - offsets, shape.tile_size)
+            mine[:, 0] = chunk.slot
+            mine[:, 1] = chunk.start + offsets
+            mine[:, 2] = np.minimum(chunk.num_tokens - offsets, shape.tile_size)
+            mine[:, ModelInput.TILE_COLUMNS :] = self._tables[chunk.slot, :num_blocks]
             first_tiles.append(tile)
             tile += num_tiles
             if chunk.samples:
-                tile_samples[tile - 1] = True
+                mine[-1, 3] = 1
                 sampled_tiles.append(num_decoded + tile - 1)
-        inputs = ModelInput(
-            decode_slots=decode_slots,
-            decode_tables=self._tables[decode_slots, : shape.context_blocks],
-            decode_drafts=decode_drafts,
-            tile_slots=tile_slots,
-            tile_starts=tile_starts,
-            tile_lens=tile_lens,
-            tile_samples=tile_samples,
-            tile_tables=self._tables[tile_slots, : shape.context_blocks],
-        )
         layout = BatchLayout(
             shape=shape,
             sampled_tiles=sampled_tiles,
@@ -135,6 +128,15 @@ class InputBatch:
             num_prompt_logprobs=[self._num_prompt_logprobs[chunk.slot] or 0 for chunk in step.prefill],
         )
         return inputs, layout
+
+    def padding(self, shape: StepShape) -> ModelInput | CatchUpInput:
+        """The arrays of a step of this shape that computes nothing."""
+        blocks = shape.context_blocks
+        decode = np.zeros((shape.decode_rows, ModelInput.DECODE_COLUMNS + blocks), np.int32)
+        num_columns = CatchUpInput.COLUMNS if shape.is_catch_up else ModelInput.TILE_COLUMNS
+        tiles = np.zeros((shape.prefill_tiles, num_columns + blocks), np.int32)
+        decode[:, 0] = tiles[:, 0] = self._sink
+        return CatchUpInput(tiles) if shape.is_catch_up else ModelInput(decode, tiles)
 
     def build_catch_up(self, step: SchedulerOutput) -> tuple[StepShape, CatchUpInput]:
         """The arrays with which the draft model catches up before the step, whose block updates are applied by now."""
@@ -148,16 +150,13 @@ class InputBatch:
                 is_catch_up=True,
             )
         )
-        num_padding = shape.prefill_tiles - sum(row.num_tiles for row in rows)
-        tiles = [(row.slot, row.start, idx, idx == row.num_tiles - 1) for row in rows for idx in range(row.num_tiles)]
-        slots, starts, tile_idx, is_last = zip(*tiles, *[(self._sink, 0, 0, False)] * num_padding, strict=True)
-        return shape, CatchUpInput(
-            slots=np.array(slots, np.int32),
-            starts=np.array(starts, np.int32),
-            tile_idx=np.array(tile_idx, np.int32),
-            is_last=np.array(is_last, np.bool_),
-            tables=self._tables[list(slots), : shape.context_blocks],
-        )
+        found = [(row.slot, row.start, idx, idx == row.num_tiles - 1) for row in rows for idx in range(row.num_tiles)]
+        inputs = self.padding(shape)
+        assert isinstance(inputs, CatchUpInput), shape
+        inputs.tiles[: len(found), : CatchUpInput.COLUMNS] = found
+        slots = [slot for slot, *_ in found]
+        inputs.tiles[: len(found), CatchUpInput.COLUMNS :] = self._tables[slots, : shape.context_blocks]
+        return shape, inputs
 
     def _apply(self, update: BlockUpdate) -> None:
         self._tables[update.slot, update.first_idx : update.first_idx + len(update.block_ids)] = update.block_ids

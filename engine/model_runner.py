@@ -92,7 +92,8 @@ class ModelRunner:
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> float:
         """Compiles every shape; `progress(done, total, what)` is called after each. Returns the seconds it took.
 
-        Whatever is compiled afterwards is counted and logged as a defect.
+        Each program then runs once, on nothing: what it takes to load it, and whether its memory is there, is not found out by a
+        request. Whatever is compiled afterwards is counted and logged as a defect.
         """
         begin = time.perf_counter()
         max_model_len, vocab_size = self._plan.resolved.max_model_len, self._plan.model.vocab_size
@@ -101,6 +102,8 @@ class ModelRunner:
         *programs, self._write_row = build_all(self._plan.backend, [*sources, slot_update], self._build, progress)
         self.programs = dict(zip(self._plan.shapes, programs, strict=True))
         self._write(self._plan.resolved.max_num_seqs, empty_row(max_model_len, vocab_size))
+        for shape in self._plan.shapes:
+            self.state, _ = self._run(shape, self._batch.padding(shape))
         jax.block_until_ready(self.state)
         self.compilations.finish_warm_up()
         return time.perf_counter() - begin
@@ -147,14 +150,13 @@ class ModelRunner:
     def read(self, dispatched: Dispatched) -> ModelRunnerOutput:
         """Gives a launched step's tokens, row by row as they were scheduled."""
         step, layout, output = dispatched.step, dispatched.layout, dispatched.output
-        sampled: np.ndarray = np.asarray(output.token_ids)  # [N, R x W + P]
-        num_emitted, rounds = _emitted(step, output)
+        sampled: list[list[int]] = np.asarray(output.sampled).tolist()  # [N, R x W + P (+ 2 x R)]
+        num_emitted: list[list[int]] | None = None
+        rounds: list[list[DraftRound]] = []
+        if self.step_config.drafter is not None:
+            num_emitted, rounds = _emitted(step, layout.shape, sampled)
         places = _places(step, layout, num_emitted)
-        if num_emitted is None and sampled.shape[0] == 1:
-            values = sampled[0].tolist()
-            token_ids = [[values[column]] for row in places for _, column in row]
-        else:
-            token_ids = [[int(sampled[place]) for place in row] for row in places]
+        token_ids = [[sampled[n][column] for n, column in row] for row in places]
         row_logprobs: list[list[TokenLogprobs] | None] = [None] * len(token_ids)
         if output.logprobs is not None:
             logprobs = jax.tree.map(np.asarray, output.logprobs)
@@ -186,15 +188,19 @@ class ModelRunner:
         return found
 
 
-def _emitted(step: SchedulerOutput, output: StepOutput) -> tuple[list[list[int]] | None, list[list[DraftRound]]]:
-    """For each decode row, how many tokens each decode step brought it, and what came of its drafts."""
-    if output.num_emitted is None:
-        return None, []
-    num_rows = len(step.decode)
-    counts: list[list[int]] = np.asarray(output.num_emitted).T[:num_rows].tolist()
+def _emitted(
+    step: SchedulerOutput, shape: StepShape, sampled: list[list[int]]
+) -> tuple[list[list[int]], list[list[DraftRound]]]:
+    """For each decode row, how many tokens each decode step brought it, and what came of its drafts.
+
+    A step without drafts counts too: what was accepted before it may have brought a row to its end.
+    """
+    num_rows, counts_at = len(step.decode), shape.decode_rows * shape.decode_width + shape.prefill_tiles
+    drafts_at = counts_at + shape.decode_rows
+    counts = [[one[counts_at + row] for one in sampled] for row in range(num_rows)]
     if not step.num_drafts:
         return counts, []
-    drafts: list[list[int]] = np.asarray(output.num_drafts).T[:num_rows].tolist()
+    drafts = [[one[drafts_at + row] for one in sampled] for row in range(num_rows)]
     return counts, [
         [DraftRound(proposed, emitted - 1) for proposed, emitted in zip(*row, strict=True) if emitted]
         for row in zip(drafts, counts, strict=True)

@@ -71,16 +71,24 @@ class StepModel:
         )
 
     def sample(
-        self, params: Any, hidden: jax.Array, rows: SamplingRows | None, mode: SamplingMode, num_logprobs: int
+        self,
+        params: Any,
+        hidden: jax.Array,
+        rows: SamplingRows | None,
+        mode: SamplingMode,
+        num_logprobs: int,
+        is_used: jax.Array,
     ) -> SampleOutput:
-        """One token for each of the hidden states [R, D]; logprobs only in FULL."""
+        """One token for each of the hidden states [R, D], any token where `is_used` [R] bool is not set; logprobs only in FULL."""
         if self.parallel.size == 1 or mode == SamplingMode.FULL:
-            logits = self._resized(compute_logits(params, self.config, hidden, self.parallel))  # [R, V]
+            logits = self._resized(compute_logits(params, self.config, hidden, self.parallel, is_used))
             num_logprobs = num_logprobs if mode == SamplingMode.FULL else 0
-            sampled: SampleOutput = self.ops.sample.function(logits, rows, mode=mode, num_logprobs=num_logprobs)
+            sampled: SampleOutput = self.ops.sample.function(
+                logits, rows, mode=mode, num_logprobs=num_logprobs, is_used=is_used
+            )
             return sampled
         # Each device looks for the best of its tokens: gathering the logits would take a good part of a decode step.
-        logits = logits_of_part(params, self.config, hidden)
+        logits = logits_of_part(params, self.config, hidden, is_used)
         first_token = self.parallel.offset(logits.shape[1])
         vocab_size = min(self.config.vocab_size, self.num_sampled or self.config.vocab_size)
         score, token_ids = best_of_part(logits, rows, mode=mode, first_token=first_token, vocab_size=vocab_size)

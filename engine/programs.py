@@ -109,20 +109,10 @@ def abstract_inputs(shape: StepShape, mesh: Mesh) -> ModelInput | CatchUpInput:
     def ints(*dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, np.int32, sharding=sharding)
 
-    def flags(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, np.bool_, sharding=sharding)
-
     if shape.is_catch_up:
-        return CatchUpInput(ints(tiles), ints(tiles), ints(tiles), flags(tiles), ints(tiles, blocks))
+        return CatchUpInput(ints(tiles, CatchUpInput.COLUMNS + blocks))
     return ModelInput(
-        decode_slots=ints(rows),
-        decode_tables=ints(rows, blocks),
-        decode_drafts=ints(rows),
-        tile_slots=ints(tiles),
-        tile_starts=ints(tiles),
-        tile_lens=ints(tiles),
-        tile_samples=flags(tiles),
-        tile_tables=ints(tiles, blocks),
+        decode=ints(rows, ModelInput.DECODE_COLUMNS + blocks), tiles=ints(tiles, ModelInput.TILE_COLUMNS + blocks)
     )
 
 

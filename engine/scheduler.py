@@ -232,8 +232,8 @@ class Scheduler:
         idx = 0
         running, num_steps = self.running, plan.num_decode_steps
         if self.drafts is not None:
-            decoding = [request for request in running if _can_decode(request)][: plan.tokens_left]
-            plan.num_drafts = self.drafts.begin_step(decoding, may_draft=plan.may_draft)
+            decoding = filter(_can_decode, running)
+            plan.num_drafts = self.drafts.begin_step(decoding, plan.tokens_left, may_draft=plan.may_draft)
         while idx < len(running) and len(plan.decode) < plan.tokens_left:
             request = running[idx]
             idx += 1

@@ -32,15 +32,30 @@ from quire.models.decoder import compute_logits
 
 @flax.struct.dataclass
 class ModelInput:
-    """What the host sends for one step. Tokens and positions of decode rows are on the device already."""
+    """What the host sends for one step, in two arrays: each one more would cost its own transfer in every step.
 
-    decode_slots: Any  # [R] int32; the sink for padding
-    decode_tables: Any  # [R, M] int32
-    decode_drafts: Any  # [R] int32, the most that may be drafted for the row, of at most K
-    tile_slots: Any  # [P] int32; the sink for padding
-    tile_starts: Any  # [P] int32, position of the tile's first token
-    tile_lens: Any  # [P] int32, real tokens in the tile; 0 for padding
-    tile_samples: Any  # [P] bool, whether the tile ends with the request's newest token
+    Tokens and positions of decode rows are on the device already.
+    """
+
+    decode: (
+        Any  # [R, 2 + M] int32: slot, the sink for padding; the most to draft for the row, of at most K; block table
+    )
+    tiles: Any  # [P, 4 + M] int32: slot, the sink for padding; position of the first token; how many are real, 0 for
+    # padding; 1 where the tile ends with the request's newest token; block table
+
+    DECODE_COLUMNS = 2
+    TILE_COLUMNS = 4
+
+
+@flax.struct.dataclass
+class StepInput:
+    """The same by name, every index within bounds: on some devices one out of range is no wrong token but a failed device."""
+
+    decode_drafts: Any  # [R] int32
+    tile_slots: Any  # [P] int32
+    tile_starts: Any  # [P] int32
+    tile_lens: Any  # [P] int32
+    tile_samples: Any  # [P] bool
     tile_tables: Any  # [P, M] int32
 
 
@@ -48,10 +63,9 @@ class ModelInput:
 class StepOutput:
     """What the host reads. The leading axis is the decode steps of the dispatch, except that of the last."""
 
-    token_ids: Any  # [N, R x W + P] int32
+    sampled: Any  # [N, R x W + P] int32, the tokens; where the engine speculates [N, R x W + P + 2 x R]: then, for each
+    # row, how many of its W tokens count, and how many were drafted for it
     logprobs: Logprobs | None  # of those tokens, fields [N, R x W + P, ...]; full sampling only
-    num_emitted: Any  # [N, R] int32, how many of a row's W tokens count; None where the engine never speculates
-    num_drafts: Any  # [N, R] int32, how many were drafted for it; likewise
     prompt_logprobs: Logprobs | None  # of the token after each tile token, fields [P, C, ...]
 
 
@@ -99,19 +113,28 @@ def with_step_axis(output: StepOutput) -> StepOutput:
 def _one_step(
     config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, inputs: ModelInput
 ) -> tuple[DeviceState, StepOutput]:
-    inputs, rows = begin_step(shape, state.slots, inputs)
-    state, num_drafts = draft(config, shape, weights, state, inputs, rows)
-    return verify(config, shape, weights, state, inputs, rows, num_drafts)
+    begun, rows = begin_step(shape, state.slots, inputs)
+    state, num_drafts = draft(config, shape, weights, state, begun, rows)
+    return verify(config, shape, weights, state, begun, rows, num_drafts)
 
 
-def begin_step(shape: StepShape, slots: Slots, inputs: ModelInput) -> tuple[ModelInput, DecodeRows]:
-    """The inputs within bounds, and the rows that they name, for the two halves of a step: `draft` and `verify`."""
-    inputs = _bounded(shape, slots, inputs)
-    return inputs, DecodeRows.of(slots, inputs.decode_slots, inputs.decode_tables)
+def begin_step(shape: StepShape, slots: Slots, inputs: ModelInput) -> tuple[StepInput, DecodeRows]:
+    """The inputs by name, and the rows that they name, for the two halves of a step: `draft` and `verify`."""
+    sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
+    decode, tiles = inputs.decode, inputs.tiles
+    begun = StepInput(
+        decode_drafts=decode[:, 1],
+        tile_slots=jnp.clip(tiles[:, 0], 0, sink),
+        tile_starts=jnp.clip(tiles[:, 1], 0, max_len - 1),
+        tile_lens=jnp.clip(tiles[:, 2], 0, shape.tile_size),
+        tile_samples=tiles[:, 3] > 0,
+        tile_tables=tiles[:, ModelInput.TILE_COLUMNS :],
+    )
+    return begun, DecodeRows.of(slots, jnp.clip(decode[:, 0], 0, sink), decode[:, ModelInput.DECODE_COLUMNS :])
 
 
 def draft(
-    config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, inputs: ModelInput, rows: DecodeRows
+    config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, inputs: StepInput, rows: DecodeRows
 ) -> tuple[DeviceState, jax.Array]:
     """The state with drafts after the rows' tokens, and how many there are: [R] int32."""
     if shape.num_drafts == 0:
@@ -126,7 +149,7 @@ def verify(
     shape: StepShape,
     weights: Weights,
     state: DeviceState,
-    inputs: ModelInput,
+    inputs: StepInput,
     rows: DecodeRows,
     num_drafts: jax.Array,
 ) -> tuple[DeviceState, StepOutput]:
@@ -149,6 +172,7 @@ def verify(
         sampling_rows(slots, rectangles.slots, rectangles.num_tokens, shape.sampling),
         shape.sampling,
         config.num_logprobs,
+        is_used=rectangles.num_tokens > 0,
     )
     num_accepted, newest = _accept(shape, slots, rows, num_drafts, sampled.token_ids)
     num_decoded = shape.decode_rows * shape.decode_width
@@ -162,28 +186,16 @@ def verify(
     if shape.prompt_logprobs:
         prompt_logprobs = _prompt_logprobs(config, shape, weights.target, hidden, slots, inputs)
     state = state.replace(kv_cache=kv_cache, slots=appended)  # type: ignore[attr-defined]
-    counts: tuple[Any, Any] = (None, None)
+    read = sampled.token_ids
     if config.drafter is not None:
         kept = _lay_out(shape, config.block_size, appended, inputs, rows, num_accepted)
         state = config.drafter.observe(shape, weights, state, rows, num_drafts, num_accepted, kept, captured)
-        counts = (jnp.where(rows.is_active, num_accepted + 1, 0), num_drafts)
-    return state, StepOutput(sampled.token_ids, sampled.logprobs, *counts, prompt_logprobs)
-
-
-def _bounded(shape: StepShape, slots: Slots, inputs: ModelInput) -> ModelInput:
-    """The inputs with whatever becomes an index clipped: on some devices one out of range is no wrong token but a failed device."""
-    sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
-    bounded: ModelInput = inputs.replace(  # type: ignore[attr-defined]
-        decode_slots=jnp.clip(inputs.decode_slots, 0, sink),
-        tile_slots=jnp.clip(inputs.tile_slots, 0, sink),
-        tile_starts=jnp.clip(inputs.tile_starts, 0, max_len - 1),
-        tile_lens=jnp.clip(inputs.tile_lens, 0, shape.tile_size),
-    )
-    return bounded
+        read = jnp.concatenate([read, jnp.where(rows.is_active, num_accepted + 1, 0), num_drafts])
+    return state, StepOutput(read, sampled.logprobs, prompt_logprobs)
 
 
 def _lay_out(
-    shape: StepShape, block_size: int, slots: Slots, inputs: ModelInput, rows: DecodeRows, num_drafts: jax.Array
+    shape: StepShape, block_size: int, slots: Slots, inputs: StepInput, rows: DecodeRows, num_drafts: jax.Array
 ) -> Rectangles:
     num_rows, width, num_tiles, tile_size = shape.decode_rows, shape.decode_width, shape.prefill_tiles, shape.tile_size
     sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
@@ -262,7 +274,7 @@ def _append(slots: Slots, slot_ids: jax.Array, num_tokens: jax.Array, token_ids:
 
 
 def _prompt_logprobs(
-    config: StepConfig, shape: StepShape, params: Any, hidden: jax.Array, slots: Slots, inputs: ModelInput
+    config: StepConfig, shape: StepShape, params: Any, hidden: jax.Array, slots: Slots, inputs: StepInput
 ) -> Logprobs:
     """Log-probabilities of the token that follows each tile token, one tile's logits in memory at a time."""
     target = config.target

@@ -125,20 +125,29 @@ def layer_spec(config: ModelConfig, sliding_window: int | None) -> LayerSpec:
     )
 
 
-def compute_logits(params: Params, config: ModelConfig, hidden: Array, parallel: Parallel = ALONE) -> Array:
-    """Logits float32 [R, V] of hidden states [R, D] as `forward` returns them, soft-capped where the model asks."""
-    logits = logits_of_part(params, config, hidden)
+def compute_logits(
+    params: Params,
+    config: ModelConfig,
+    hidden: Array,
+    parallel: Parallel = ALONE,
+    is_used: Array | None = None,
+) -> Array:
+    """Logits float32 [R, V] of hidden states [R, D] as `forward` returns them, soft-capped where the model asks.
+
+    Rows that `is_used` [R] bool leaves out may hold anything.
+    """
+    logits = logits_of_part(params, config, hidden, is_used)
     return parallel.gather(logits, axis=1)[:, : config.vocab_size] if parallel.size > 1 else logits
 
 
-def logits_of_part(params: Params, config: ModelConfig, hidden: Array) -> Array:
+def logits_of_part(params: Params, config: ModelConfig, hidden: Array, is_used: Array | None = None) -> Array:
     """The logits [R, n] of the tokens whose part of the vocabulary this device holds, padding among them: n is V padded, over devices."""
     if "lm_head" in params:
-        logits = matmul(hidden, params["lm_head"])
+        logits = matmul(hidden, params["lm_head"], is_used)
     elif isinstance(params["embed_tokens"], Array):
         logits = jnp.einsum("rd,vd->rv", hidden, params["embed_tokens"], preferred_element_type=jnp.float32)
     else:
-        logits = matmul(hidden, params["embed_tokens"])
+        logits = matmul(hidden, params["embed_tokens"], is_used)
     return soft_cap(logits, config.final_soft_cap)
 
 

@@ -226,9 +226,14 @@ def head_keys_values(
     return keys_values(params, config.model, inputs, _rope(config, positions))
 
 
-def head_logits(params: Params, config: EagleConfig, hidden: Array, parallel: Parallel = ALONE) -> Array:
-    """Logits float32 [R, V] of `head_forward`'s hidden states [R, D], `MASKED` for tokens that the head cannot propose."""
-    logits = matmul(norm(hidden, params["norm"], config.model), params["lm_head"])
+def head_logits(
+    params: Params, config: EagleConfig, hidden: Array, parallel: Parallel = ALONE, is_used: Array | None = None
+) -> Array:
+    """Logits float32 [R, V] of `head_forward`'s hidden states [R, D], `MASKED` for tokens that the head cannot propose.
+
+    Rows that `is_used` [R] bool leaves out may hold anything.
+    """
+    logits = matmul(norm(hidden, params["norm"], config.model), params["lm_head"], is_used)
     logits = parallel.gather(logits, axis=1)[:, : config.draft_vocab_size]  # [R, Vd], a padded vocabulary cut off
     if config.drafts_all_tokens:
         return logits

@@ -44,8 +44,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("speculate", help="what speculative decoding gains, by method and batch size")
     parser.add_argument("--model", "-m", default="demo", help="(default: %(default)s)")
     parser.add_argument(
-        "--draft-model", default="demo-draft", help="for the methods that have one (default: %(default)s)"
+        "--draft-model", default="demo-draft", help="for the method of that name (default: %(default)s)"
     )
+    parser.add_argument("--eagle-model", default="demo-eagle", help="the head for eagle3 (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help=f"(default: {' '.join(DEFAULT_METHODS)})")
     parser.add_argument("--num-speculative-tokens", type=int, nargs="+", metavar="K", help="(default: 2 4)")
     parser.add_argument(
@@ -161,7 +162,8 @@ def _real(namespace: argparse.Namespace) -> tuple[Setup, Workload, list[Case]]:
         for temperature in namespace.temperatures
         for batch_size in namespace.batch_sizes
     ]
-    return _setup(namespace, namespace.model, namespace.draft_model, workload, None), workload, cases
+    draft_models = {"draft_model": namespace.draft_model, "eagle3": namespace.eagle_model}
+    return _setup(namespace, namespace.model, draft_models, workload, None), workload, cases
 
 
 def _forced(namespace: argparse.Namespace) -> tuple[Setup, Workload, list[Case]]:
@@ -186,15 +188,19 @@ def _forced(namespace: argparse.Namespace) -> tuple[Setup, Workload, list[Case]]
     backend = ForcedBackend(
         select_backend(device.device, 1, neuron), acceptances, lambda config: config.hidden_size != hidden_size
     )
-    return _setup(namespace, str(target), str(draft), workload, backend), workload, cases
+    return _setup(namespace, str(target), {"draft_model": str(draft)}, workload, backend), workload, cases
 
 
 def _setup(
-    namespace: argparse.Namespace, model: str, draft_model: str, workload: Workload, backend: ForcedBackend | None
+    namespace: argparse.Namespace,
+    model: str,
+    draft_models: dict[str, str],
+    workload: Workload,
+    backend: ForcedBackend | None,
 ) -> Setup:
     return Setup(
         model=model,
-        draft_model=draft_model,
+        draft_models=draft_models,
         methods=tuple(namespace.methods),
         draft_counts=tuple(namespace.num_speculative_tokens),
         is_adaptive=namespace.adaptive,

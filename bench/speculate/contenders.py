@@ -56,7 +56,8 @@ class Setup:
     """Which models, and how they may speculate."""
 
     model: str
-    draft_model: str
+    draft_models: dict[str, str]
+    """What drafts, for the methods that load something."""
     methods: tuple[str, ...]
     draft_counts: tuple[int, ...]
     is_adaptive: bool
@@ -68,7 +69,7 @@ class Setup:
     def speculative_config(self, method: str, num_drafts: int) -> dict[str, Any]:
         """With up to so many drafts, and all numbers below that the engine compiles with it."""
         config: dict[str, Any] = {"method": method, "num_speculative_tokens": num_drafts, "adaptive": True}
-        return config if method == "ngram" else {**config, "model": self.draft_model}
+        return {**config, "model": self.draft_models[method]} if method in self.draft_models else config
 
     def make(self, say: Callable[[str], None]) -> list[Contender]:
         """Loads and compiles every engine that is needed; the first contender is the one without speculation."""

@@ -64,11 +64,17 @@ class ForcedSample:
     is_draft: bool
 
     def __call__(
-        self, logits: jax.Array, rows: SamplingRows | None, *, mode: SamplingMode, num_logprobs: int
+        self,
+        logits: jax.Array,
+        rows: SamplingRows | None,
+        *,
+        mode: SamplingMode,
+        num_logprobs: int,
+        is_used: jax.Array | None = None,
     ) -> SampleOutput:
         """`contract.Sample`, for modes that give it rows."""
         assert rows is not None, "shapes without rows are left out by ForcedBackend"
-        real = self.sample(logits, rows, mode=mode, num_logprobs=num_logprobs)
+        real = self.sample(logits, rows, mode=mode, num_logprobs=num_logprobs, is_used=is_used)
         forced = self.tokens(rows.key, rows.position, logits.shape[1])
         # No sampler gives a negative token, which XLA cannot know behind the barrier: it has to sample for real.
         sampled = jax.lax.optimization_barrier(real.token_ids)

@@ -20,8 +20,8 @@ Record = dict[str, Any]
 Tokens = list[list[int]]
 
 
-NUM_LEARNING_RUNS = 2
-"""Before an adaptive contender is measured: what is of interest is how it serves, not how it finds out what serves best."""
+NUM_LEARNING_STEPS = 400
+"""Of an adaptive contender, before it is measured: what is of interest is how it serves, not how it finds out what serves best."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class Run:
-    """A contender's answer to the requests of a case."""
+    """A contender's answer to the requests of a case.
+
+    What is measured ends with the first request: from then on the batch is a smaller one, with speculation, whose rows differ, long before
+    the last ends. A server gives the place to the next request.
+    """
 
     seconds: float
-    tokens: Tokens
+    num_tokens: int
     num_steps: int
+    tokens: Tokens
+    """All of them."""
     rounds: tuple[DraftRound, ...]
     """Of all requests; those without drafts are left out."""
 
     @property
     def tokens_per_s(self) -> float:
-        return sum(map(len, self.tokens)) / self.seconds
+        return self.num_tokens / self.seconds
 
 
 def run_case(
@@ -96,8 +102,9 @@ def run_case(
         return run(contender.llm, *workload.requests(case, round_idx))
 
     for contender in contenders:
-        for _ in range(1 if contender.num_drafts is not None else NUM_LEARNING_RUNS):
-            run_once(contender, num_rounds)
+        num_steps = run_once(contender, num_rounds).num_steps
+        while contender.num_drafts is None and num_steps < NUM_LEARNING_STEPS:
+            num_steps += run_once(contender, num_rounds).num_steps
     load = OtherLoad()
     for idx in range(num_rounds):
         # Nobody always follows the same one.
@@ -138,18 +145,23 @@ class OtherLoad:
 
 
 def run(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> Run:
-    """All requests at once, from the first step to the last; nothing is found in a cache."""
+    """All requests at once; nothing is found in a cache."""
     add_requests(llm, prompts, params)
     tokens: list[list[int]] = [[] for _ in prompts]
     rounds: list[DraftRound] = []
+    measured: tuple[float, int, int] | None = None
     begin_steps = llm.stats().num_steps
     begin = time.perf_counter()
     while llm.core.has_work:
-        for output in llm.core.step():
+        outputs = llm.core.step()
+        for output in outputs:
             tokens[int(output.request_id)] += output.new_token_ids
             rounds += [one for one in output.rounds if one.num_drafts]
-    seconds = time.perf_counter() - begin
-    return Run(seconds, tokens, llm.stats().num_steps - begin_steps, tuple(rounds))
+        if measured is None and any(output.finish_reason is not None for output in outputs):
+            seconds = time.perf_counter() - begin
+            measured = (seconds, sum(map(len, tokens)), llm.stats().num_steps - begin_steps)
+    assert measured is not None, "no request ended"
+    return Run(*measured, tokens, tuple(rounds))
 
 
 def add_requests(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> None:
@@ -167,7 +179,7 @@ def figures(runs: Sequence[Run], base: Sequence[Run]) -> Record:
     rounds without drafts as well.
     """
     rounds = [one for each in runs for one in each.rounds]
-    num_tokens = sum(len(row) for one in runs for row in one.tokens)
+    num_tokens = sum(one.num_tokens for one in runs)
     num_row_steps = sum(one.num_steps * len(one.tokens) for one in runs)
     ratios = [mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in zip(runs, base, strict=True)]
     return {

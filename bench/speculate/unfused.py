@@ -65,8 +65,8 @@ def _draft_program(config: StepConfig, shape: StepShape) -> Program:
         weights: Weights, state: DeviceState, inputs: ModelInput
     ) -> tuple[DeviceState, tuple[jax.Array, jax.Array]]:
         """The number of drafts of each row [R] int32, and the drafts [R, K] int32, for the host."""
-        inputs, rows = begin_step(shape, state.slots, inputs)
-        state, num_drafts = draft(config, shape, weights, state, inputs, rows)
+        begun, rows = begin_step(shape, state.slots, inputs)
+        state, num_drafts = draft(config, shape, weights, state, begun, rows)
         places = rows.num_tokens[:, None] + jnp.arange(shape.num_drafts, dtype=jnp.int32)[None, :]
         places = jnp.minimum(places, state.slots.tokens.shape[1] - 1)
         return state, (num_drafts, state.slots.tokens[rows.slots[:, None], places])
@@ -78,8 +78,8 @@ def _verify_program(config: StepConfig, shape: StepShape) -> Program:
     def run(
         weights: Weights, state: DeviceState, inputs: ModelInput, num_drafts: jax.Array
     ) -> tuple[DeviceState, StepOutput]:
-        inputs, rows = begin_step(shape, state.slots, inputs)
-        state, output = verify(config, shape, weights, state, inputs, rows, num_drafts)
+        begun, rows = begin_step(shape, state.slots, inputs)
+        state, output = verify(config, shape, weights, state, begun, rows, num_drafts)
         return state, with_step_axis(output)
 
     return run

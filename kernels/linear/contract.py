@@ -18,8 +18,11 @@ QUANTIZATIONS = ("none", "int8")
 class Weight(Protocol):
     """A matrix [K, N] in a form of its own."""
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """x [T, K] times the matrix, summed in float32 (int8: in integers, exactly, but for `weight_only`): [T, N] float32."""
+    def matmul(self, x: jax.Array, is_used: jax.Array | None = None) -> jax.Array:
+        """x [T, K] times the matrix, summed in float32 (int8: in integers, exactly, but for `weight_only`): [T, N] float32.
+
+        Rows that `is_used` [T] bool leaves out may hold anything.
+        """
         ...
 
     def columns(self, ids: jax.Array, dtype: Any) -> jax.Array:
@@ -36,11 +39,11 @@ class PrepareWeight(Protocol):
         ...
 
 
-def matmul(x: jax.Array, weight: jax.Array | Weight) -> jax.Array:
-    """x [T, K] times weight [K, N], in whatever form that is: [T, N] float32."""
+def matmul(x: jax.Array, weight: jax.Array | Weight, is_used: jax.Array | None = None) -> jax.Array:
+    """x [T, K] times weight [K, N], in whatever form that is: [T, N] float32; anything in rows that `is_used` [T] bool leaves out."""
     if isinstance(weight, jax.Array):
         return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
-    return weight.matmul(x)
+    return weight.matmul(x, is_used)
 
 
 def matmul_each(x: jax.Array, weights: jax.Array | Weight) -> jax.Array:

@@ -6,41 +6,45 @@
 namespace quire {
 namespace {
 
-Rows rows_for(Team& team, ffi::AnyBuffer x, size_t num_rows, size_t k, Format format) {
+// The rows of x that `used` names, one after the other, as words.
+Rows rows_for(Team& team, ffi::AnyBuffer x, const std::vector<uint32_t>& used, size_t k, Format format) {
+  const size_t num_rows = used.size();
   const size_t words = num_words(format, k), word_bytes = (num_rows * words * sizeof(uint32_t) + 127) / 64 * 64;
   char* base = static_cast<char*>(scratch<2>(word_bytes + num_rows * sizeof(float)));
   const Rows rows{reinterpret_cast<uint32_t*>(base), reinterpret_cast<float*>(base + word_bytes)};
   for_tokens(team, num_rows, [&](size_t first, size_t end) {
     for (size_t r = first; r < end; ++r) {
       if (x.element_type() == ffi::DataType::F32)
-        row_to_words(static_cast<const float*>(x.untyped_data()) + r * k, k, format, rows.words + r * words, rows.scales + r);
+        row_to_words(static_cast<const float*>(x.untyped_data()) + used[r] * k, k, format, rows.words + r * words, rows.scales + r);
       else
-        row_to_words(static_cast<const bf16*>(x.untyped_data()) + r * k, k, format, rows.words + r * words, rows.scales + r);
+        row_to_words(static_cast<const bf16*>(x.untyped_data()) + used[r] * k, k, format, rows.words + r * words, rows.scales + r);
     }
   });
   return rows;
 }
 
+// The product of row r goes to row used[r] of the output; the others are left as they are.
 template <class T>
-void store_product(Team& team, const Rows& rows, size_t num_rows, const Matrix& matrix, T* out) {
+void store_product(Team& team, const Rows& rows, const std::vector<uint32_t>& used, const Matrix& matrix, T* out) {
   const Matrix* matrices[] = {&matrix};
-  multiply(team, rows, num_rows, matrices, 1, [&](int, size_t panel, size_t first, size_t count, const float* sums) {
+  multiply(team, rows, used.size(), matrices, 1, [&](int, size_t panel, size_t first, size_t count, const float* sums) {
     const size_t column = panel * kPanel, width = std::min<size_t>(kPanel, matrix.n - column);
-    store_panel<T>(sums, count, width, nullptr, out + first * matrix.n + column, matrix.n);
+    for (size_t r = 0; r < count; ++r) store_panel<T>(sums + r * kPanel, 1, width, nullptr, out + used[first + r] * matrix.n + column, matrix.n);
   });
 }
 
-ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs buffers, ffi::Result<ffi::AnyBuffer> out, int64_t format) {
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::PRED> is_used, ffi::RemainingArgs buffers, ffi::Result<ffi::AnyBuffer> out, int64_t format) {
   const size_t num_rows = x.dimensions()[0], k = x.dimensions()[1], n = out->dimensions()[1];
   Arguments from(buffers);
   const Matrix matrix = from.matrix(static_cast<Format>(format), k, n);
   if (ffi::Error error = from.check(); error.failure()) return error;
   Team team(pool);
-  const Rows rows = rows_for(team, x, num_rows, k, matrix.format);
+  const std::vector<uint32_t> used = used_rows(is_used, num_rows);
+  const Rows rows = rows_for(team, x, used, k, matrix.format);
   if (out->element_type() == ffi::DataType::F32)
-    store_product(team, rows, num_rows, matrix, static_cast<float*>(out->untyped_data()));
+    store_product(team, rows, used, matrix, static_cast<float*>(out->untyped_data()));
   else
-    store_product(team, rows, num_rows, matrix, static_cast<bf16*>(out->untyped_data()));
+    store_product(team, rows, used, matrix, static_cast<bf16*>(out->untyped_data()));
   return ffi::Error::Success();
 }
 
@@ -112,6 +116,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_linear, linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("format"));

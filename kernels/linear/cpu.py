@@ -11,7 +11,7 @@ import numpy as np
 
 from quire.kernels.linear.contract import Weight
 from quire.kernels.linear.quantize import quantize_weight
-from quire.kernels.native.library import FORMATS, PANEL, load_library
+from quire.kernels.native.library import FORMATS, PANEL, as_mask, load_library
 from quire.kernels.native.memory import Arena, as_jax
 
 _VALUES_PER_WORD = {"float32": 1, "bfloat16": 2, "int8": 4}
@@ -41,11 +41,11 @@ class PackedMatrix:
         """What the handlers take."""
         return (self.words,) if self.scales is None else (self.words, self.scales, self.sums)
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: jax.Array, is_used: jax.Array | None = None) -> jax.Array:
         """See `contract.Weight`."""
         out = jax.ShapeDtypeStruct((x.shape[0], self.shape[1]), jnp.float32)
         call = jax.ffi.ffi_call(load_library(self.instruction_set).target("quire_linear"), out)
-        product: jax.Array = call(x, *self.buffers, format=np.int64(FORMATS[self.format]))
+        product: jax.Array = call(x, as_mask(is_used), *self.buffers, format=np.int64(FORMATS[self.format]))
         return product
 
     def columns(self, ids: jax.Array, dtype: Any) -> jax.Array:

@@ -21,8 +21,8 @@ class QuantizedMatrix:
     values: Any  # [..., K, N] int8
     scales: Any  # [..., N] float32
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """See `contract.Weight`."""
+    def matmul(self, x: jax.Array, is_used: jax.Array | None = None) -> jax.Array:
+        """See `contract.Weight`: computes every row."""
         rows, row_scales = quantize_rows(x)
         sums = jnp.matmul(rows, self.values, preferred_element_type=jnp.int32)
         return sums.astype(jnp.float32) * (row_scales[:, None] * self.scales[None, :])
@@ -39,8 +39,8 @@ class WeightOnlyMatrix:
     values: Any  # [..., K, N] int8
     scales: Any  # [..., N] float32
 
-    def matmul(self, x: jax.Array) -> jax.Array:
-        """See `contract.Weight`; summed in float32."""
+    def matmul(self, x: jax.Array, is_used: jax.Array | None = None) -> jax.Array:
+        """See `contract.Weight`; summed in float32. Computes every row."""
         sums = jnp.matmul(x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
         return sums * self.scales[None, :]
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "matrix.h"
 #include "xla/ffi/api/ffi.h"
@@ -53,5 +54,15 @@ class Arguments {
   bool is_short_ = false, is_misshapen_ = false;
   XLA_FFI_Buffer nothing_{};
 };
+
+// The rows that a handler computes: those that `is_used` names, or all where the buffer is empty.
+inline std::vector<uint32_t> used_rows(ffi::Buffer<ffi::PRED> is_used, size_t num_rows) {
+  std::vector<uint32_t> rows;
+  rows.reserve(num_rows);
+  const bool* used = is_used.element_count() == 0 ? nullptr : is_used.typed_data();
+  for (size_t row = 0; row < num_rows; ++row)
+    if (used == nullptr || used[row]) rows.push_back(static_cast<uint32_t>(row));
+  return rows;
+}
 
 }  // namespace quire

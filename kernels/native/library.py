@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quire.kernels.errors import KernelUnavailableError
@@ -145,6 +146,11 @@ def load_library(instruction_set: str) -> Library:
 
 
 _loaded: list[Library] = []
+
+
+def as_mask(is_used: jax.Array | None) -> jax.Array:
+    """What handlers take for the rows that they compute: [R] bool, or an empty array for all rows."""
+    return jnp.zeros((0,), bool) if is_used is None else is_used
 
 
 def limit_threads(count: int) -> None:

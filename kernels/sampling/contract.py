@@ -14,7 +14,16 @@ class Sample(Protocol):
     the rounding of a logarithm, an exponential or a sum decides, about once in a million draws."""
 
     def __call__(
-        self, logits: jax.Array, rows: SamplingRows | None, *, mode: SamplingMode, num_logprobs: int
+        self,
+        logits: jax.Array,
+        rows: SamplingRows | None,
+        *,
+        mode: SamplingMode,
+        num_logprobs: int,
+        is_used: jax.Array | None = None,
     ) -> SampleOutput:
-        """Samples one token per row of `logits` [R, V] float32; `mode` and `num_logprobs` are static."""
+        """Samples one token per row of `logits` [R, V] float32; `mode` and `num_logprobs` are static.
+
+        A row that `is_used` [R] bool leaves out, whose logits may be anything, gets any token in [0, V) and any logprobs.
+        """
         ...

@@ -7,6 +7,7 @@
 // to two sums of logit and noise that lie as close as that, to a token within it of min_p's bound, and to the last token of a nucleus where the
 // sum of weights lies within rounding of top_p of all (it is taken in double precision here, in float32 there). Two logits of 0 and -0 are
 // equal here; XLA's top_k puts -0 behind. Of broken logits: a NaN gives the last token in every mode, and an infinite one is drawn, the first of them.
+#include <array>
 #include <cmath>
 
 #include "handler.h"
@@ -34,32 +35,34 @@ Best joined(const Best* parts, size_t count) {
   return best;
 }
 
-// tokens[r] is the best of find(row, first, count) over the pieces of row r.
+// tokens[r] is the best of find(row, first, count) over the pieces of row r where that is used, else 0.
 template <class Find>
-void best_of_rows(Team& team, size_t num_rows, size_t vocab_size, int32_t* tokens, const Find& find) {
+void best_of_rows(Team& team, ffi::Buffer<ffi::PRED> is_used, size_t num_rows, size_t vocab_size, int32_t* tokens, const Find& find) {
   const size_t pieces = num_pieces(vocab_size);
-  Best* parts = static_cast<Best*>(scratch<2>(num_rows * pieces * sizeof(Best)));
-  team.for_each(static_cast<int>(num_rows * pieces), [&](int chunk) {
-    const size_t row = static_cast<size_t>(chunk) / pieces, first = static_cast<size_t>(chunk) % pieces * kPiece;
+  const std::vector<uint32_t> rows = used_rows(is_used, num_rows);
+  Best* parts = static_cast<Best*>(scratch<2>(rows.size() * pieces * sizeof(Best)));
+  team.for_each(static_cast<int>(rows.size() * pieces), [&](int chunk) {
+    const size_t row = rows[static_cast<size_t>(chunk) / pieces], first = static_cast<size_t>(chunk) % pieces * kPiece;
     parts[chunk] = find(row, first, std::min(kPiece, vocab_size - first));
   });
-  for (size_t row = 0; row < num_rows; ++row) tokens[row] = token_of(joined(parts + row * pieces, pieces), vocab_size);
+  std::fill_n(tokens, num_rows, 0);
+  for (size_t i = 0; i < rows.size(); ++i) tokens[rows[i]] = token_of(joined(parts + i * pieces, pieces), vocab_size);
 }
 
-ffi::Error argmax(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Result<ffi::Buffer<ffi::S32>> tokens) {
+ffi::Error argmax(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::PRED> is_used, ffi::Result<ffi::Buffer<ffi::S32>> tokens) {
   const size_t num_rows = logits.dimensions()[0], vocab_size = logits.dimensions()[1];
   Team team(pool);
-  best_of_rows(team, num_rows, vocab_size, tokens->typed_data(), [&](size_t row, size_t first, size_t count) {
+  best_of_rows(team, is_used, num_rows, vocab_size, tokens->typed_data(), [&](size_t row, size_t first, size_t count) {
     return largest_of(logits.typed_data() + row * vocab_size + first, count, static_cast<int32_t>(first));
   });
   return ffi::Error::Success();
 }
 
-ffi::Error draw(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::F32> temperature, ffi::Buffer<ffi::U32> key,
-                ffi::Buffer<ffi::S32> position, ffi::Result<ffi::Buffer<ffi::S32>> tokens) {
+ffi::Error draw(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi::Buffer<ffi::PRED> is_used, ffi::Buffer<ffi::F32> temperature,
+                ffi::Buffer<ffi::U32> key, ffi::Buffer<ffi::S32> position, ffi::Result<ffi::Buffer<ffi::S32>> tokens) {
   const size_t num_rows = logits.dimensions()[0], vocab_size = logits.dimensions()[1];
   Team team(pool);
-  best_of_rows(team, num_rows, vocab_size, tokens->typed_data(), [&](size_t row, size_t first, size_t count) {
+  best_of_rows(team, is_used, num_rows, vocab_size, tokens->typed_data(), [&](size_t row, size_t first, size_t count) {
     const float* x = logits.typed_data() + row * vocab_size + first;
     const float t = temperature.typed_data()[row];
     if (!(t > 0)) return largest_of(x, count, static_cast<int32_t>(first));
@@ -126,6 +129,15 @@ struct Results {
   int32_t *ranks = nullptr, *top_ids = nullptr;
   float* top_logprobs = nullptr;
   size_t num_top = 0;
+
+  void clear(size_t num_rows) const {
+    std::fill_n(token_ids, num_rows, 0);
+    if (num_top == 0) return;
+    std::fill_n(token_logprobs, num_rows, 0.0f);
+    std::fill_n(ranks, num_rows, 0);
+    std::fill_n(top_ids, num_rows * num_top, 0);
+    std::fill_n(top_logprobs, num_rows * num_top, 0.0f);
+  }
 };
 
 // One row of FULL. `Run` runs body(piece) for a number of pieces, here or on the team.
@@ -295,11 +307,24 @@ class FullRow {
       float x = logits_[id] < kMasked ? kMasked : logits_[id];
       x += added_[id];
       if (counts_[id] != 0) x = x > 0 ? x / p_.repetition[row_] : x * p_.repetition[row_];
-      x -= p_.frequency[row_] * static_cast<float>(num_in_output);
+      for (const float part : parts_of(p_.frequency[row_])) x -= part * static_cast<float>(num_in_output);
       x -= p_.presence[row_] * (num_in_output > 0 ? 1.0f : 0.0f);
       const bool is_banned = added_[id] < 0.5f * kMasked || !is_allowed(id);
       scaled_[id] = (is_banned ? kMasked : x + 0.0f) / divisor_;
     });
+  }
+
+  // As `_parts` of logits.py: three floats of 8 significant bits, whose sum is x.
+  static std::array<float, 3> parts_of(float x) {
+    const auto leading_bits = [](float value) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      bits &= 0xffff0000u;
+      std::memcpy(&value, &bits, sizeof bits);
+      return value;
+    };
+    const float high = leading_bits(x), middle = leading_bits(x - high);
+    return {high, middle, x - high - middle};
   }
 
   // Keeps what min_p, top_k and top_p leave of the scaled logits, none of which is a NaN.
@@ -373,7 +398,7 @@ class FullRow {
   Best* parts_;
 };
 
-ffi::Error sample(ffi::ThreadPool pool, ffi::RemainingArgs buffers, ffi::RemainingRets results, int64_t num_logprobs) {
+ffi::Error sample(ffi::ThreadPool pool, ffi::Buffer<ffi::PRED> is_used, ffi::RemainingArgs buffers, ffi::RemainingRets results, int64_t num_logprobs) {
   Arguments from(buffers);
   const Parameters p(from);
   if (ffi::Error error = from.check(); error.failure()) return error;
@@ -392,15 +417,17 @@ ffi::Error sample(ffi::ThreadPool pool, ffi::RemainingArgs buffers, ffi::Remaini
   to.ranks = static_cast<int32_t*>(places[2]);
   to.top_ids = static_cast<int32_t*>(places[3]);
   to.top_logprobs = static_cast<float*>(places[4]);
+  const std::vector<uint32_t> rows = used_rows(is_used, p.num_rows);
+  if (rows.size() < p.num_rows) to.clear(p.num_rows);
   Team team(pool);
-  if (p.num_rows >= 2 * static_cast<size_t>(team.num_threads())) {
+  if (rows.size() >= 2 * static_cast<size_t>(team.num_threads())) {
     const auto run_here = [](int count, const auto& body) {
       for (int i = 0; i < count; ++i) body(i);
     };
-    team.for_each(static_cast<int>(p.num_rows), [&](int row) { FullRow(p, static_cast<size_t>(row), run_here).sample(to); });
+    team.for_each(static_cast<int>(rows.size()), [&](int i) { FullRow(p, rows[static_cast<size_t>(i)], run_here).sample(to); });
   } else {
     const auto run_on_team = [&](int count, const auto& body) { team.for_each(count, body); };
-    for (size_t row = 0; row < p.num_rows; ++row) FullRow(p, row, run_on_team).sample(to);
+    for (const uint32_t row : rows) FullRow(p, row, run_on_team).sample(to);
   }
   return ffi::Error::Success();
 }
@@ -408,18 +435,23 @@ ffi::Error sample(ffi::ThreadPool pool, ffi::RemainingArgs buffers, ffi::Remaini
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_argmax, argmax,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>());
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_draw, draw,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::PRED>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quire_sample, sample,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<int64_t>("num_logprobs"));
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::PRED>>().RemainingArgs().RemainingRets().Attr<int64_t>("num_logprobs"));
 
 }  // namespace quire

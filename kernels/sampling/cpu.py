@@ -9,23 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quire.kernels.native.library import load_library
+from quire.kernels.native.library import as_mask, load_library
 from quire.kernels.sampling.rows import Logprobs, SampleOutput, SamplingMode, SamplingRows
 
 
 def sample(
-    instruction_set: str, logits: jax.Array, rows: SamplingRows | None, *, mode: SamplingMode, num_logprobs: int
+    instruction_set: str,
+    logits: jax.Array,
+    rows: SamplingRows | None,
+    *,
+    mode: SamplingMode,
+    num_logprobs: int,
+    is_used: jax.Array | None = None,
 ) -> SampleOutput:
-    """`contract.Sample`."""
+    """`contract.Sample`; rows that are not used get token 0, and cost nothing."""
+    used = as_mask(is_used)
     library = load_library(instruction_set)
     num_rows = logits.shape[0]
     token_ids = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
     if mode == SamplingMode.GREEDY:
-        return SampleOutput(jax.ffi.ffi_call(library.target("quire_argmax"), token_ids)(logits))
+        return SampleOutput(jax.ffi.ffi_call(library.target("quire_argmax"), token_ids)(logits, used))
     assert rows is not None, f"{mode.name} sampling needs rows"
     if mode == SamplingMode.RANDOM:
         draw = jax.ffi.ffi_call(library.target("quire_draw"), token_ids)
-        return SampleOutput(draw(logits, rows.temperature, rows.key, rows.position))
+        return SampleOutput(draw(logits, used, rows.temperature, rows.key, rows.position))
     num_top = min(num_logprobs, logits.shape[1])
     values = jax.ShapeDtypeStruct((num_rows,), jnp.float32)
     top_ids = jax.ShapeDtypeStruct((num_rows, num_top), jnp.int32)
@@ -33,6 +40,7 @@ def sample(
     with_logprobs = (token_ids, values, token_ids, top_ids, top_values)
     call = jax.ffi.ffi_call(library.target("quire_sample"), with_logprobs if num_top > 0 else (token_ids,))
     found = call(
+        used,
         logits,
         rows.temperature,
         rows.key,

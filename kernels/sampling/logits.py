@@ -65,8 +65,27 @@ def _penalize(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     seen = (in_prompt > 0) | (num_in_output > 0)
     repetition = jnp.where(seen, rows.repetition_penalty[:, None], np.float32(1))
     logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = logits - rows.frequency_penalty[:, None] * num_in_output
+    for part in _parts(rows.frequency_penalty):
+        logits = logits - part[:, None] * num_in_output
     return logits - rows.presence_penalty[:, None] * (num_in_output > 0).astype(jnp.float32)
+
+
+def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Three floats of 8 significant bits each, whose sum is x [R] float32 exactly.
+
+    Their products with whole numbers below 2**16 are exact, so it does not matter whether a compiler multiplies and subtracts in one
+    rounding or in two. It may do both, where it computes the same logits for several users: then the largest of them could lie below
+    its own threshold, and nothing would be kept.
+    """
+    high = _leading_bits(x)
+    middle = _leading_bits(x - high)
+    return high, middle, x - high - middle
+
+
+def _leading_bits(x: jax.Array) -> jax.Array:
+    """x without the last 16 bits of its mantissa."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _counts(rows: SamplingRows, vocab_size: int) -> tuple[jax.Array, jax.Array]:

@@ -27,8 +27,15 @@ _LOWEST = np.finfo(np.float32).min
 _GROUP = 128
 
 
-def sample(logits: jax.Array, rows: SamplingRows | None, *, mode: SamplingMode, num_logprobs: int) -> SampleOutput:
-    """Sample one token per row: logits [R, V] float32 -> token ids [R] int32 in [0, V).
+def sample(
+    logits: jax.Array,
+    rows: SamplingRows | None,
+    *,
+    mode: SamplingMode,
+    num_logprobs: int,
+    is_used: jax.Array | None = None,
+) -> SampleOutput:
+    """Sample one token per row, used or not: logits [R, V] float32 -> token ids [R] int32 in [0, V).
 
     `mode` and `num_logprobs` are static. `rows` may be None in GREEDY, and must hold every field in FULL. Logprobs are
     computed only in FULL with `num_logprobs` above 0, from the logits as they came in.

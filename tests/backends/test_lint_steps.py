@@ -25,6 +25,7 @@ from quire.kernels.sampling.rows import SampleOutput, SamplingMode
 from quire.models.config import ModelConfig
 from quire.models.parallel import MODEL_AXIS
 from tests.engine.engines import FewShapesBackend
+from tests.models.heads import PUBLISHED, Head, write_head
 from tests.models.tiny import TINY
 
 ROWS, TILES, TILE, BLOCKS = 3, 2, 8, 10
@@ -168,7 +169,20 @@ def drafting_config(draft: str, num_devices: int) -> str:
     """`draft` is one of the tiny models, or ngram."""
     if draft == "ngram":
         return json.dumps({"method": "ngram"})
+    if draft == "eagle3":
+        return json.dumps({"method": "eagle3", "model": head_folder(num_devices)})
     return json.dumps({"method": "draft_model", "model": folder_of(draft, num_devices)})
+
+
+@functools.cache
+def head_folder(num_devices: int) -> str:
+    """A head for the tiny llama, whose heads two devices can share where there are two."""
+    pytest.importorskip("torch", reason="heads on disk are made with torch")
+    layers = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2} if num_devices > 1 else {}
+    folder = Path(tempfile.mkdtemp(prefix="quire-lint-head-"))
+    write_head(Head(PUBLISHED | layers | heads), folder, seed=0)
+    return str(folder)
 
 
 def drafting_plan(name: str, draft: str, num_devices: int, scan_layers: bool) -> EnginePlan:
@@ -177,7 +191,8 @@ def drafting_plan(name: str, draft: str, num_devices: int, scan_layers: bool) ->
 
 def drafting_cases(pairs: Sequence[tuple[str, str]], devices: Sequence[int], scans: Sequence[bool]) -> Iterator[Any]:
     for name, draft in pairs:
-        shapes = DRAFTING if draft == "ngram" else {**DRAFTING, **CATCH_UP}
+        # A head reads what the target computes in every step, drafts or not.
+        shapes = {"ngram": DRAFTING, "eagle3": {**DRAFTING, **SHAPES}}.get(draft, {**DRAFTING, **CATCH_UP})
         for name_, shape, num_devices, scan_layers in (
             case.values for case in cases([name], list(shapes), devices, scans)
         ):
@@ -190,25 +205,29 @@ def drafting_cases(pairs: Sequence[tuple[str, str]], devices: Sequence[int], sca
     [
         *drafting_cases([("llama", "qwen2"), ("llama", "ngram")], (1,), (True,)),
         *drafting_cases([("llama", "qwen2")], (2,), (True,)),
+        pytest.param("llama", "eagle3", "random drafts", 1, True),
+        pytest.param("llama", "eagle3", "mixed", 1, True),
     ],
 )
 def test_a_speculative_step_holds_nothing_that_neuron_lacks(
     name: str, draft: str, shape: str, num_devices: int, scan_layers: bool
 ) -> None:
-    assert_legal(drafting_plan(name, draft, num_devices, scan_layers), (DRAFTING | CATCH_UP)[shape])
+    assert_legal(drafting_plan(name, draft, num_devices, scan_layers), (SHAPES | DRAFTING | CATCH_UP)[shape])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "draft", "shape", "num_devices", "scan_layers"),
     list(
-        drafting_cases([("llama", name) for name in TINY] + [(name, "ngram") for name in TINY], (1, 2), (True, False))
+        drafting_cases(
+            [("llama", name) for name in (*TINY, "eagle3")] + [(name, "ngram") for name in TINY], (1, 2), (True, False)
+        )
     ),
 )
 def test_every_speculative_step_holds_nothing_that_neuron_lacks(
     name: str, draft: str, shape: str, num_devices: int, scan_layers: bool
 ) -> None:
-    assert_legal(drafting_plan(name, draft, num_devices, scan_layers), (DRAFTING | CATCH_UP)[shape])
+    assert_legal(drafting_plan(name, draft, num_devices, scan_layers), (SHAPES | DRAFTING | CATCH_UP)[shape])
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

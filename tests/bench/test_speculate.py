@@ -102,7 +102,7 @@ def test_a_seed_decides_how_often_drafts_are_the_targets_tokens(acceptance_idx):
 def test_forced_tokens_cannot_be_had_without_sampling():
     """A sampler that gave a token that none gives would be heard: so no compiler may leave it out."""
 
-    def silly(logits, rows, *, mode, num_logprobs):
+    def silly(logits, rows, *, mode, num_logprobs, is_used):
         return SampleOutput(jnp.full(logits.shape[0], -7, jnp.int32))
 
     assert set(tokens_of(ForcedSample(silly, (0.5,), is_draft=True), rows_of([1], 8))) == {-7}

@@ -357,6 +357,9 @@ class DraftsInTurn:
     def new_acceptance(self) -> None:
         return None
 
+    def rests(self) -> bool:
+        return False
+
     def choose(self, num_rows: int, rows: Sequence[None], limits: Sequence[int]) -> int:
         assert num_rows == len(rows) == len(limits)
         return next(self._counts) if any(limits) else 0

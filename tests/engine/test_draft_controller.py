@@ -93,7 +93,7 @@ class Device:
         num_rows = len(rates)
         rows = self.rows[:num_rows]
         limits = limits or [MOST] * num_rows
-        num_drafts = self.controller.choose(num_rows, rows, limits)
+        num_drafts = 0 if self.controller.rests() else self.controller.choose(num_rows, rows, limits)
         if slowdown is None:
             slowdown = 100.0 if self.chance.random() < self.outliers else 1.0
         seconds = self.cost(num_rows, num_drafts) * self.chance.uniform(0.95, 1.05) * slowdown
@@ -265,6 +265,21 @@ def test_new_requests_where_others_fail_are_not_drafted_for_more_than_old_ones()
 def test_probes_become_rarer_while_they_fail():
     choices = Device(4, medium, outliers=0.0).run([[FAILS] * 4], 1000).choices
     assert 1 <= sum(map(bool, choices[900:])) <= sum(map(bool, choices[:100])) / 2
+
+
+def test_where_drafts_fail_few_steps_have_to_choose():
+    device = Device(4, medium, outliers=0.0)
+    device.run([[FAILS] * 4], 500)
+    asked = 0
+
+    def choose(*given, choose=device.controller.choose):
+        nonlocal asked
+        asked += 1
+        return choose(*given)
+
+    device.controller.choose = choose
+    device.run([[FAILS] * 4], 800)
+    assert 100 <= asked <= 160, "one of eight, and those around a probe"
 
 
 # ---- costs

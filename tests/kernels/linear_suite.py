@@ -172,6 +172,19 @@ class LinearConformance:
             np.testing.assert_array_equal(np.delete(bits(found), 2, axis=0), np.delete(bits(plain), 2, axis=0))
             assert not np.isfinite(found[2]).any(), "and hides nowhere"
 
+    @pytest.mark.parametrize("used", [(), (0,), (96,), (1, 2, 50), tuple(range(0, 97, 2)), tuple(range(97))], ids=len)
+    @pytest.mark.parametrize("format", FORMATS)
+    def test_used_rows_are_computed_as_if_there_were_no_others(self, format: str, used: tuple[int, ...]) -> None:
+        matrix, x = source(format, (70, 36)), activations(self.own_dtype(format), (97, 70))
+        weight = self.weight(matrix, format)
+        is_used = np.isin(np.arange(97), used)
+        x[~is_used] = np.nan
+        found = quick_jit(matmul)(jnp.asarray(x), weight, jnp.asarray(is_used))
+        assert found.shape == (97, 36)
+        # The reference may sum in another order for other numbers of rows, so it is compared with all of them.
+        expected = product(jnp.asarray(x), weight)
+        np.testing.assert_array_equal(bits(found)[is_used], bits(expected)[is_used])
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("format", FORMATS)
     def test_columns_are_the_matrixs_columns(self, format: str, dtype: str) -> None:

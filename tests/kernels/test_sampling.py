@@ -107,6 +107,45 @@ CASES = {
 }
 
 
+@every_implementation
+@pytest.mark.parametrize(
+    "truncation", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=lambda each: next(iter(each))
+)
+def test_the_likeliest_token_is_kept_whatever_the_penalties(op: str, truncation: dict[str, float]) -> None:
+    """A compiler may compute penalized logits more than once, and need not round them alike each time."""
+    params = [
+        Params(
+            temperature=0.3,
+            allowed=(1,),
+            output=(1,) * count,
+            repetition_penalty=1.1,
+            presence_penalty=0.3,
+            frequency_penalty=penalty,
+            **truncation,
+        )
+        for count in range(1, 24)
+        for penalty in (0.6, 0.1, -0.7, 1.9, 0.333333)
+    ]
+    logits = some_logits(5, num_rows=len(params))
+    assert (draw(op, logits, pack(params, VOCAB_SIZE)) == 1).all()
+
+
+@every_implementation
+@pytest.mark.parametrize("mode", SamplingMode)
+@pytest.mark.parametrize("used", [(), (4,), (0, 3, 7, 17), tuple(range(18))], ids=len)
+def test_used_rows_are_sampled_as_if_there_were_no_others(op: str, mode: SamplingMode, used: tuple[int, ...]) -> None:
+    logits = some_logits(3, num_rows=len(CASES))
+    rows = None if mode == GREEDY else pack(list(CASES.values()), VOCAB_SIZE)
+    num_logprobs = 5 if mode == FULL else 0
+    expected = compiled(op)(jnp.asarray(logits), rows, mode=mode, num_logprobs=num_logprobs)
+    is_used = np.isin(np.arange(len(CASES)), used)
+    logits[~is_used] = np.nan
+    found = compiled(op)(jnp.asarray(logits), rows, mode=mode, num_logprobs=num_logprobs, is_used=jnp.asarray(is_used))
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(mine[is_used], theirs[is_used])
+    assert ((found.token_ids >= 0) & (found.token_ids < VOCAB_SIZE)).all(), "they are indices for somebody"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_parameter_keeps_what_the_oracle_keeps(name: str) -> None:
     logits = np.stack([some_logits(seed) for seed in range(8)])
