@@ -6,6 +6,18 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from quire.kernels.errors import InvalidConfigError
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A machine to rent."""
+
+    name: str
+    num_devices: int
+    usd_per_hour: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,18 @@ class Chip:
     cores_per_device: int = 1
     """Physical cores that are one device unless the user says otherwise; the numbers above are those of all of them."""
     devices_per_chip: int = 1
+    link_gb_per_s: float | None = None
+    """To the other chips, out of a device, all of its links together, in 10^9 bytes per second; None where it is not documented."""
+    usd_per_hour: float | None = None
+    """Of one device, where they are rented one by one."""
+    instances: tuple[Instance, ...] = ()
+    """The machines that they are rented in, where that is how."""
+
+    def price(self, num_devices: int) -> float | None:
+        """US dollars an hour for at least so many devices, in the cheapest machines of one kind; None where no price is public."""
+        if not self.instances:
+            return None if self.usd_per_hour is None else num_devices * self.usd_per_hour
+        return min(-(-num_devices // one.num_devices) * one.usd_per_hour for one in self.instances)
 
     @property
     def hbm_bytes(self) -> int:
@@ -41,11 +65,21 @@ class Chip:
 @functools.cache
 def all_chips() -> dict[str, Chip]:
     """Every chip by its name."""
-    entries = json.loads((Path(__file__).parent / "chips.json").read_text(encoding="utf-8"))
-    return {
-        name: Chip(name=name, **{**entry, "device_kinds": tuple(entry["device_kinds"])})
-        for name, entry in entries.items()
-    }
+    return read_chips(Path(__file__).parent / "chips.json")
+
+
+def read_chips(path: Path) -> dict[str, Chip]:
+    """The chips of a file in the form of chips.json. Raises InvalidConfigError for one that is not."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {name: _chip(name, entry) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidConfigError(f"{path} does not describe chips as backends/chips.json does: {error}") from error
+
+
+def _chip(name: str, entry: dict[str, Any]) -> Chip:
+    kinds, instances = tuple(entry["device_kinds"]), tuple(Instance(*one) for one in entry.get("instances", ()))
+    return Chip(name=name, **{**entry, "device_kinds": kinds, "instances": instances})
 
 
 def chips(platform: str = "tpu") -> dict[str, Chip]:

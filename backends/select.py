@@ -10,10 +10,12 @@ from quire.backends.base import Backend
 from quire.backends.cpu import CpuBackend
 from quire.backends.environment import has_tpu, neuron_devices
 from quire.backends.neuron import NeuronBackend, NeuronOptions, why_no_runtime
+from quire.backends.simulated import SimulatedBackend
 from quire.backends.tpu import TpuBackend
 from quire.kernels.errors import BackendError
 
 DEVICES = ("auto", "cpu", "tpu", "neuron", "simulated")
+"""Behind "simulated" comes which chip, and how many: simulated:v6e:4."""
 
 
 def select_backend(device: str, num_devices: int = 1, neuron: NeuronOptions | None = None) -> Backend:
@@ -21,8 +23,10 @@ def select_backend(device: str, num_devices: int = 1, neuron: NeuronOptions | No
 
     "auto" is the TPU or the NeuronCores where this host has them, else the CPU.
     """
-    if device not in DEVICES:
-        raise BackendError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    if device.partition(":")[0] not in DEVICES or (":" in device and not device.startswith("simulated:")):
+        raise BackendError(f"device {device!r} is not one of {', '.join(DEVICES)}, as simulated:v6e:4")
+    if device.startswith("simulated"):
+        return SimulatedBackend(device.removeprefix("simulated").removeprefix(":"))
     neuron = neuron or NeuronOptions()
     if neuron.emulate is not None:
         if device not in ("auto", "neuron"):
@@ -56,7 +60,7 @@ def unavailable_reason(device: str) -> str | None:
         if not neuron_devices():
             return "the Neuron driver shows no chip (/dev/neuron0); --emulate inf2 has the CPU behave like one"
         return why_no_runtime()
-    return "this version of quire has no backend for it yet; use --device cpu"
+    return None
 
 
 def only_cpu() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import AbstractMesh
 
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.chips import Chip, chip_of_kind, chips
@@ -41,15 +42,24 @@ COMPILER_OPTIONS = {
 class TpuBackend:
     """TPU chips as jax counts them. `target` names a topology to compile for, such as v5e:2x4; None is the chips of this host."""
 
-    def __init__(self, target: str | None = None) -> None:
-        """Raises BackendError where there are no TPUs, or no compiler for the target."""
-        self._is_described = target is not None
-        self._devices = _attached_devices() if target is None else _described_devices(target)
-        kind = self._devices[0].device_kind
-        found = chip_of_kind(kind)
-        if found is None:
-            raise BackendError(f"{kind!r} is a TPU that quire does not know; backends/chips.json has those it does")
-        self.chip: Chip = found
+    def __init__(self, target: str | None = None, *, only_planned: tuple[Chip, int] | None = None) -> None:
+        """`only_planned` are so many chips that nothing is compiled for, which needs no compiler either.
+
+        Raises BackendError where there are no TPUs, or no compiler for the target.
+        """
+        self._is_described = target is not None or only_planned is not None
+        self._devices: list[Any] | None = None
+        if only_planned is not None:
+            self.chip, self.num_devices = only_planned
+            kind = self.chip.device_kinds[0]
+        else:
+            self._devices = _attached_devices() if target is None else _described_devices(target)
+            self.num_devices = len(self._devices)
+            kind = self._devices[0].device_kind
+            found = chip_of_kind(kind)
+            if found is None:
+                raise BackendError(f"{kind!r} is a TPU that quire does not know; backends/chips.json has those it does")
+            self.chip = found
         self.memory = JaxMemory()
         self.capabilities = Capabilities(
             platform="tpu",
@@ -70,16 +80,15 @@ class TpuBackend:
             min_layout_tile=(8, 128),
         )
 
-    @property
-    def num_devices(self) -> int:
-        """How many there are."""
-        return len(self._devices)
-
     def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
-        if tensor_parallel_size > len(self._devices):
+        if tensor_parallel_size > self.num_devices:
             raise BackendError(
-                f"tensor_parallel_size={tensor_parallel_size} is more than the {len(self._devices)} TPU devices there are"
+                f"tensor_parallel_size={tensor_parallel_size} is more than the {self.num_devices} TPU devices there are"
             )
+        if self._devices is None:
+            abstract: Any = AbstractMesh((tensor_parallel_size,), (MODEL_AXIS,))
+            planned: jax.sharding.Mesh = abstract
+            return planned
         return jax.sharding.Mesh(np.array(self._devices[:tensor_parallel_size]), (MODEL_AXIS,))
 
     def select_ops(
@@ -98,7 +107,7 @@ class TpuBackend:
         return int((self._free_bytes() - reserved_bytes) * memory_utilization)
 
     def _free_bytes(self) -> int:
-        if self._is_described:
+        if self._is_described or self._devices is None:
             return self.chip.hbm_bytes
         readings: list[dict[str, int]] = [device.memory_stats() for device in self._devices]
         return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in readings)
@@ -123,7 +132,7 @@ class TpuBackend:
 
         Under a shard_map it reads that from the mesh; a program for one device has none.
         """
-        if not self._is_described:
+        if not self._is_described or self._devices is None:
             return nullcontext()
         sharding: Any = jax.sharding  # the oldest jax that quire runs on lacks both names
         kind = sharding.AbstractDevice(self.capabilities.device_kind, self._devices[0].num_cores, "tpu")

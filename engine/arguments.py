@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 from quire.engine.config import option_fields
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds a positional MODEL and a flag for every other setting; what is not given keeps its default."""
+def add_engine_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Adds a flag for every setting but the model and the flags `without`; what is not given keeps its default."""
     group = parser.add_argument_group("engine settings")
     for option in option_fields():
         if option.name == "model":
             continue
         flag = "--" + option.name.replace("_", "-")
+        if flag in without:
+            continue
         default = "" if option.default is None else f" (default: {option.default})"
         common: dict[str, Any] = {
             "dest": option.name,

@@ -107,7 +107,14 @@ class SpeculationOptions:
 class DeviceOptions:
     """Where and how it runs."""
 
-    device: str = _option("auto", "auto, cpu, tpu, neuron or simulated.")
+    device: str = _option(
+        "auto",
+        "auto, cpu, tpu, neuron, or simulated:CHIP:DEVICES, as simulated:v6e:4: nothing is computed, and steps take as long.",
+    )
+    simulated_speed: float = _option(1.0, "How many times faster than the chip a simulated one goes.")
+    simulated_output_tokens: float | None = _option(
+        None, "Tokens after which a simulated model ends an answer, in the mean; never, when left out."
+    )
     tensor_parallel_size: int = _option(1, "Devices that one model is spread over.")
     kernels: str | None = _option(None, "Force implementations: op=name, several separated by commas.")
     sampling: str = _option(

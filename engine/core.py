@@ -15,6 +15,7 @@ from quire.backends.base import Backend, Capabilities
 from quire.backends.environment import cache_folder
 from quire.backends.neuron import NeuronOptions
 from quire.backends.select import select_backend
+from quire.backends.simulated import SimulatedBackend
 from quire.engine.admission import AdmissionPolicy, make_admission_policy
 from quire.engine.config import EngineConfig, LiveSettings, ResolvedConfig
 from quire.engine.draft_controller import DraftController
@@ -22,12 +23,13 @@ from quire.engine.draft_scheduler import MAX_DRAFT_LAG, DraftScheduler, FixedDra
 from quire.engine.drafting import Weights
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.metrics import EngineStats, IdleClock, StepSeconds
-from quire.engine.model_runner import Dispatched, ModelRunner
+from quire.engine.model_runner import Launched, ModelRunner, Runner
 from quire.engine.planning import EnginePlan
 from quire.engine.request import EngineCoreRequest
 from quire.engine.scheduler import Scheduler
+from quire.engine.simulation import Clock, RealClock, SimulatedRunner, Simulation
 from quire.engine.step_data import EngineCoreOutput
-from quire.kernels.errors import EngineDeadError
+from quire.kernels.errors import EngineDeadError, InvalidConfigError
 from quire.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -45,30 +47,43 @@ class EngineCore:
     """
 
     def __init__(
-        self, config: EngineConfig, progress: Progress = lambda *_: None, backend: Backend | None = None
+        self,
+        config: EngineConfig,
+        progress: Progress = lambda *_: None,
+        backend: Backend | None = None,
+        clock: Clock | None = None,
+        simulation: Simulation | None = None,
     ) -> None:
         """Loads the model and compiles every shape. Raises InvalidConfigError, ModelError or BackendError with the remedy.
 
-        `backend` takes the place of the one that `config.device` names.
+        `backend` takes the place of the one that `config.device` names. `clock` may be a virtual one, and `simulation` says more, where
+        the devices are simulated.
         """
         begin = time.perf_counter()
         backend = backend or _select_backend(config)
-        if config.device.compilation_cache and not backend.capabilities.keeps_compiled:
-            _enable_compilation_cache()
-        # Settings that cannot work are refused before the weights are read; what is left once they are read decides on the cache.
-        plan = EnginePlan.make(config, backend)
-        weights = _load(plan, progress)
-        self.plan = plan.after_loading()
+        self.clock = clock or RealClock()
+        self.runner: Runner
+        if isinstance(backend, SimulatedBackend):
+            self.plan = EnginePlan.make(config, backend)
+            self.runner = SimulatedRunner(self.plan, simulation or _simulation(config), self.clock)
+        else:
+            _refuse_simulation(config)
+            if config.device.compilation_cache and not backend.capabilities.keeps_compiled:
+                _enable_compilation_cache()
+            # Settings that cannot work are refused before the weights are read; what is left once they are read decides on the cache.
+            plan = EnginePlan.make(config, backend)
+            weights = _load(plan, progress)
+            self.plan = plan.after_loading()
+            self.runner = ModelRunner(self.plan, weights)
         for note in self.config.notes:
             logger.info("%s", note)
         self.settings = LiveSettings.of(config.scheduler, self.config)
-        self.scheduler = _make_scheduler(self.plan)
-        self.runner = ModelRunner(self.plan, weights)
+        self.scheduler = _make_scheduler(self.plan, self.clock)
         self._max_in_flight = 1 if config.scheduler.async_scheduling else 0
-        self._in_flight: deque[Dispatched] = deque()
+        self._in_flight: deque[Launched] = deque()
         self._dead: BaseException | None = None
         self.seconds = StepSeconds()
-        self._idle = IdleClock()
+        self._idle = IdleClock(self.clock.now)
         self._last_done = 0.0
         warm_up_seconds = self.runner.warm_up(lambda done, total, what: progress("compile", done, total, what))
         self.ready_seconds = time.perf_counter() - begin
@@ -131,9 +146,9 @@ class EngineCore:
             self.scheduler.drafts.observe_step(dispatched.step, seconds, num_tokens)
         return outputs
 
-    def _seconds_of(self, dispatched: Dispatched) -> float:
+    def _seconds_of(self, dispatched: Launched) -> float:
         """How long a step took that has just ended: from the end of the one before, or from its launch where the device was idle."""
-        done = time.perf_counter()
+        done = self.clock.now()
         begin = max(self._last_done, dispatched.launched_at)
         self._last_done = done
         return done - begin
@@ -197,6 +212,23 @@ def _select_backend(config: EngineConfig) -> Backend:
     return select_backend(device.device, device.tensor_parallel_size, neuron)
 
 
+def _simulation(config: EngineConfig) -> Simulation:
+    device = config.device
+    if device.simulated_speed <= 0:
+        raise InvalidConfigError(f"simulated_speed must be above 0, not {device.simulated_speed}")
+    if device.simulated_output_tokens is not None and device.simulated_output_tokens < 1:
+        raise InvalidConfigError(f"simulated_output_tokens must be at least 1, not {device.simulated_output_tokens}")
+    return Simulation(mean_output_tokens=device.simulated_output_tokens, speed=device.simulated_speed)
+
+
+def _refuse_simulation(config: EngineConfig) -> None:
+    device = config.device
+    if device.simulated_speed != 1.0 or device.simulated_output_tokens is not None:
+        raise InvalidConfigError(
+            f"simulated_speed and simulated_output_tokens are for simulated devices, and device is {device.device!r}"
+        )
+
+
 def _enable_compilation_cache() -> None:
     """Points jax's persistent cache at quire's folder, unless the process has chosen one itself."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
@@ -218,7 +250,7 @@ def _admission(settings: LiveSettings) -> AdmissionPolicy:
     )
 
 
-def _make_scheduler(plan: EnginePlan) -> Scheduler:
+def _make_scheduler(plan: EnginePlan, clock: Clock) -> Scheduler:
     config, resolved = plan.settings, plan.resolved
     settings = LiveSettings.of(config.scheduler, resolved)
     window = resolved.sliding_window
@@ -254,4 +286,5 @@ def _make_scheduler(plan: EnginePlan) -> Scheduler:
         decode_steps_per_dispatch=config.scheduler.decode_steps_per_dispatch,
         priority_seconds=settings.effective_priority_seconds,
         drafts=drafts,
+        clock=clock.now,
     )

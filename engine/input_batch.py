@@ -83,7 +83,7 @@ class InputBatch:
         self._num_prompt_logprobs[slot] = params.prompt_logprobs
         self._prompt_lens[slot] = admitted.prompt_len
 
-    def _prompt_targets(self, chunk: PrefillChunk) -> int:
+    def prompt_targets(self, chunk: PrefillChunk) -> int:
         """How many of the chunk's tokens are followed by a prompt token whose logprob was asked for."""
         if self._num_prompt_logprobs[chunk.slot] is None:
             return 0
@@ -93,7 +93,7 @@ class InputBatch:
         """The step's arrays, and where its rows lie in them."""
         for update in step.block_updates:
             self._apply(update)
-        shape = self._chooser.choose(self._need(step))
+        shape = self.shape_of(step)
         inputs = self.padding(shape)
         assert isinstance(inputs, ModelInput), shape
         decode, tiles = inputs.decode, inputs.tiles
@@ -124,7 +124,7 @@ class InputBatch:
             sampled_tiles=sampled_tiles,
             num_logprobs=[self._num_logprobs[slot] for slot in sampling_slots(step)],
             first_tiles=first_tiles,
-            prompt_targets=[self._prompt_targets(chunk) for chunk in step.prefill],
+            prompt_targets=[self.prompt_targets(chunk) for chunk in step.prefill],
             num_prompt_logprobs=[self._num_prompt_logprobs[chunk.slot] or 0 for chunk in step.prefill],
         )
         return inputs, layout
@@ -138,18 +138,13 @@ class InputBatch:
         decode[:, 0] = tiles[:, 0] = self._sink
         return CatchUpInput(tiles) if shape.is_catch_up else ModelInput(decode, tiles)
 
+    def shape_of(self, step: SchedulerOutput) -> StepShape:
+        """The compiled shape that a step runs in."""
+        return self._chooser.choose(self._need(step))
+
     def build_catch_up(self, step: SchedulerOutput) -> tuple[StepShape, CatchUpInput]:
         """The arrays with which the draft model catches up before the step, whose block updates are applied by now."""
-        rows = step.catch_up
-        shape = self._chooser.choose(
-            StepShape(
-                decode_rows=0,
-                prefill_tiles=sum(row.num_tiles for row in rows),
-                tile_size=self._limits.tile_size,
-                context_blocks=-(-max(row.end for row in rows) // self._block_size),
-                is_catch_up=True,
-            )
-        )
+        rows, shape = step.catch_up, self.catch_up_shape(step)
         found = [(row.slot, row.start, idx, idx == row.num_tiles - 1) for row in rows for idx in range(row.num_tiles)]
         inputs = self.padding(shape)
         assert isinstance(inputs, CatchUpInput), shape
@@ -157,6 +152,18 @@ class InputBatch:
         slots = [slot for slot, *_ in found]
         inputs.tiles[: len(found), CatchUpInput.COLUMNS :] = self._tables[slots, : shape.context_blocks]
         return shape, inputs
+
+    def catch_up_shape(self, step: SchedulerOutput) -> StepShape:
+        """The compiled shape in which the draft model catches up before the step."""
+        return self._chooser.choose(
+            StepShape(
+                decode_rows=0,
+                prefill_tiles=sum(row.num_tiles for row in step.catch_up),
+                tile_size=self._limits.tile_size,
+                context_blocks=-(-max(row.end for row in step.catch_up) // self._block_size),
+                is_catch_up=True,
+            )
+        )
 
     def _apply(self, update: BlockUpdate) -> None:
         self._tables[update.slot, update.first_idx : update.first_idx + len(update.block_ids)] = update.block_ids
@@ -167,7 +174,7 @@ class InputBatch:
             max((chunk.start + chunk.num_tokens for chunk in step.prefill), default=0),
         )
         slots = sampling_slots(step)
-        prompt_logprobs = any(self._prompt_targets(chunk) for chunk in step.prefill)
+        prompt_logprobs = any(self.prompt_targets(chunk) for chunk in step.prefill)
         return StepShape(
             decode_rows=max(len(step.decode), step.padded_decode_rows),
             prefill_tiles=sum(self._limits.num_tiles(chunk.num_tokens) for chunk in step.prefill)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from quire.engine.draft_scheduler import DraftCounters
-from quire.engine.model_runner import ModelRunner
+from quire.engine.model_runner import Runner
 from quire.engine.scheduler import Scheduler
 
 
@@ -34,24 +34,26 @@ class StepSeconds:
 class IdleClock:
     """Seconds in which the device had nothing to do, since the clock was made."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """`now` is the clock it goes by."""
+        self._now = now
         self._seconds = 0.0
-        self._since: float | None = time.perf_counter()
+        self._since: float | None = now()
 
     def launched(self) -> None:
         """A step was given to the device."""
         if self._since is not None:
-            self._seconds += time.perf_counter() - self._since
+            self._seconds += self._now() - self._since
             self._since = None
 
     def drained(self) -> None:
         """The last step in flight has come back."""
-        self._since = time.perf_counter()
+        self._since = self._now()
 
     @property
     def seconds(self) -> float:
         """The sum so far, up to this moment where the device is idle."""
-        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self._seconds + (0.0 if self._since is None else self._now() - self._since)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class EngineStats:
     """How often the draft of each position was accepted, up to the most that are drafted; empty without speculation."""
 
     @classmethod
-    def read(cls, scheduler: Scheduler, runner: ModelRunner, seconds: StepSeconds, idle: IdleClock) -> EngineStats:
+    def read(cls, scheduler: Scheduler, runner: Runner, seconds: StepSeconds, idle: IdleClock) -> EngineStats:
         """Reads everything now; takes microseconds per running request."""
         usage = scheduler.kv_cache.usage(scheduler.running)
         drafts = scheduler.drafts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Dispatched:
     layout: BatchLayout
     output: StepOutput
     launched_at: float
-    """By time.perf_counter."""
+    """By time.monotonic."""
 
 
 @dataclass
@@ -48,6 +48,46 @@ class RunnerCounters:
     num_real_tokens: int = 0
     num_padding_tokens: int = 0
     """That were computed: none where kernels leave padding out."""
+
+
+class Launched(Protocol):
+    """A step that some runner has launched."""
+
+    @property
+    def step(self) -> SchedulerOutput: ...
+
+    @property
+    def launched_at(self) -> float:
+        """By the engine's clock."""
+        ...
+
+
+class Runner(Protocol):
+    """Runs steps in order: `ModelRunner`, or what stands for it where the device is simulated."""
+
+    compilations: CompilationCounter
+    counters: RunnerCounters
+
+    @property
+    def num_programs(self) -> int:
+        """How many were compiled for steps."""
+        ...
+
+    def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> float:
+        """Before the first request; the seconds it took."""
+        ...
+
+    def execute(self, step: SchedulerOutput) -> Launched:
+        """Launches a step; returns without waiting for it."""
+        ...
+
+    def wait(self, dispatched: Any) -> None:
+        """Blocks until the device has finished a step that `execute` launched."""
+        ...
+
+    def read(self, dispatched: Any) -> ModelRunnerOutput:
+        """Gives its tokens, row by row as they were scheduled."""
+        ...
 
 
 class ModelRunner:
@@ -87,6 +127,11 @@ class ModelRunner:
                 draft_features=on_every_device(features, plan.mesh, plan.backend.memory)
             )
 
+    @property
+    def num_programs(self) -> int:
+        """How many were compiled for steps."""
+        return len(self.programs)
+
     # ---- before the first request
 
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> float:
@@ -120,7 +165,7 @@ class ModelRunner:
 
     def execute(self, step: SchedulerOutput) -> Dispatched:
         """Launches a step; returns without waiting for it."""
-        launched_at = time.perf_counter()
+        launched_at = time.monotonic()
         for admitted in step.admitted:
             self._batch.admit(admitted)
             self._write(

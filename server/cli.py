@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
+from quire.bench.plan import command as plan
 from quire.kernels.errors import QuireError
 from quire.server import batch, bench, compile, environment, generate, remote, serve
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--verbose", action="store_true", help="log what is chosen, loaded and compiled, with the reasons"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, serve, remote, batch, compile, environment, bench):
+    for module in (generate, serve, remote, batch, compile, plan, environment, bench):
         module.add_command(commands)
     namespace = parser.parse_args(arguments)
     logging.basicConfig(

@@ -182,7 +182,7 @@ def _ready(core: EngineCore, config: EngineConfig) -> Ready:
         sampling=config.device.sampling,
         scheduling_policy=config.scheduler.scheduling_policy,
         enable_prefix_caching=resolved.enable_prefix_caching,
-        num_programs=len(core.runner.programs),
+        num_programs=core.runner.num_programs,
         ready_seconds=core.ready_seconds,
     )
     return Ready(info, dataclasses.asdict(core.settings), dataclasses.asdict(core.stats()))

@@ -25,12 +25,19 @@ from quire.engine import LLM, SamplingParams
 from quire.engine.core import EngineCore
 from quire.engine.device_state import DeviceState
 from quire.engine.drafting import Weights
+from quire.engine.model_runner import ModelRunner
 from quire.engine.programs import EVERYWHERE, ProgramSource, everywhere, specs_of, spread
 from quire.engine.step import ModelInput, StepConfig, StepOutput, begin_step, draft, verify, with_step_axis
 from quire.kernels.errors import InvalidConfigError
 from quire.kernels.sampling.rows import SamplingMode
 
 BLOCK = 4
+
+
+def runner_of(core: EngineCore) -> ModelRunner:
+    """The runner of an engine whose device is a real one."""
+    assert isinstance(core.runner, ModelRunner), core.runner
+    return core.runner
 
 
 class UnfusedRound:
@@ -40,7 +47,7 @@ class UnfusedRound:
         """Compiles both."""
         assert shape.num_drafts > 0, shape
         assert shape.num_decode_steps == 1, shape
-        plan, source = core.plan, core.runner.step_source(shape)
+        plan, source = core.plan, runner_of(core).step_source(shape)
         mesh, backend = plan.mesh, plan.backend
         state_specs = specs_of(source.arguments[1])
         num_drafts = jax.ShapeDtypeStruct((shape.decode_rows,), np.int32, sharding=everywhere(mesh))
@@ -94,7 +101,7 @@ def compare_fused(
 ) -> list[Record]:
     """A record for each case: milliseconds of a full step of a contender with a fixed number of drafts, fused and unfused."""
     core = contender.llm.core
-    shapes = [shape for shape in core.runner.programs if _is_measured(shape, contender)]
+    shapes = [shape for shape in runner_of(core).programs if _is_measured(shape, contender)]
     say(f"compiling the unfused rounds of {contender.name}")
     programs = {shape: UnfusedRound(core, shape) for shape in shapes}
     return [_compare(contender, programs, case, workload, num_rounds, say) for case in cases]
@@ -173,14 +180,14 @@ def timed_steps(
     """
     core = llm.core
     add_requests(llm, prompts, params)
-    fused = {shape: core.runner.programs[shape] for shape in unfused}
+    fused = {shape: runner_of(core).programs[shape] for shape in unfused}
     tokens: list[list[int]] = [[] for _ in prompts]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     num_steps = 0
     try:
         while core.has_work:
             is_unfused = (num_steps // BLOCK % 2 == 1) != begins_unfused
-            core.runner.programs.update(unfused if is_unfused else fused)
+            runner_of(core).programs.update(unfused if is_unfused else fused)
             begin = time.perf_counter()
             outputs = core.step()
             elapsed = time.perf_counter() - begin
@@ -192,7 +199,7 @@ def timed_steps(
             for output in outputs:
                 tokens[int(output.request_id)] += output.new_token_ids
     finally:
-        core.runner.programs.update(fused)
+        runner_of(core).programs.update(fused)
     if not (seconds[True] and seconds[False]):
         raise InvalidConfigError(
             f"outputs end after {num_steps} rounds, and {2 * BLOCK} are needed to time both ways: raise max_tokens"
