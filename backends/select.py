@@ -25,8 +25,8 @@ def select_backend(device: str, num_devices: int = 1, neuron: NeuronOptions | No
     """
     if device.partition(":")[0] not in DEVICES or (":" in device and not device.startswith("simulated:")):
         raise BackendError(f"device {device!r} is not one of {', '.join(DEVICES)}, as simulated:v6e:4")
-    if device.startswith("simulated"):
-        return SimulatedBackend(device.removeprefix("simulated").removeprefix(":"))
+    if device.startswith("simulated:"):
+        return SimulatedBackend(device.removeprefix("simulated:"))
     neuron = neuron or NeuronOptions()
     if neuron.emulate is not None:
         if device not in ("auto", "neuron"):
@@ -60,7 +60,7 @@ def unavailable_reason(device: str) -> str | None:
         if not neuron_devices():
             return "the Neuron driver shows no chip (/dev/neuron0); --emulate inf2 has the CPU behave like one"
         return why_no_runtime()
-    return None
+    return "it simulates a chip, and none was named, as simulated:v6e:4 does"
 
 
 def only_cpu() -> None:

@@ -17,10 +17,11 @@ from quire.bench.plan import validation
 from quire.bench.plan.chart import write_chart, write_search_chart
 from quire.bench.plan.simulate import Result, Settings, search, simulate
 from quire.bench.plan.summary import table
-from quire.bench.plan.workload import built_in, load_workload
+from quire.bench.plan.workload import built_in, load_workload, measured_acceptance
 from quire.engine.admission import BATCHING_POLICIES
 from quire.engine.arguments import add_engine_flags, engine_arguments
 from quire.engine.simulation import Simulation
+from quire.engine.speculation import SpeculativeConfig
 from quire.kernels.errors import InvalidConfigError
 
 OWN_SETTINGS = (
@@ -59,9 +60,11 @@ def add_command(commands: Any) -> None:
                         help="devices of each engine, so that several share the load; all together when left out")  # fmt: skip
     parser.add_argument("--policies", nargs="+", choices=BATCHING_POLICIES, default=["continuous"],
                         help="side by side on the same requests (default: continuous)")  # fmt: skip
-    parser.add_argument("--acceptance", type=float, nargs="+", metavar="P", default=[0.7],
-                        help="of drafts, by position, the last for all after, as `quire bench speculate` prints it "
-                        "(default: 0.7)")  # fmt: skip
+    parser.add_argument("--acceptance", type=float, nargs="+", metavar="P",
+                        help="of the drafts that come to be tested at each position, the share that is accepted; the last holds for "
+                        "all after (default: 0.7)")  # fmt: skip
+    parser.add_argument("--acceptance-file", type=Path, metavar="FILE",
+                        help="take it from what quire bench speculate --json printed of the method of --speculative-config")  # fmt: skip
     parser.add_argument("--search", action="store_true", help="find the cheapest devices that keep the promise")
     parser.add_argument(
         "--search-chips", nargs="+", metavar="CHIP", help="among these (default: all that have a public price)"
@@ -99,8 +102,6 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _settings(namespace: argparse.Namespace) -> Settings:
-    if any(not 0.0 <= share <= 1.0 for share in namespace.acceptance):
-        raise InvalidConfigError(f"acceptance is a share, from 0 to 1, not {namespace.acceptance}")
     arguments = engine_arguments(namespace)
     for name in ("device", "tensor_parallel_size", "model", "seed"):
         arguments.pop(name, None)
@@ -117,10 +118,27 @@ def _settings(namespace: argparse.Namespace) -> Settings:
         seed=namespace.seed,
         tensor_parallel_size=namespace.tensor_parallel_size,
         arguments=arguments,
-        simulation=Simulation(acceptance=tuple(namespace.acceptance)),
+        simulation=_simulation(namespace, arguments.get("speculative_config")),
         chips_file=namespace.chips_file,
         efficiency_file=namespace.efficiency_file,
     )
+
+
+def _simulation(namespace: argparse.Namespace, speculative_config: str | None) -> Simulation:
+    """How often drafts are accepted, where there are any."""
+    given, path = namespace.acceptance, namespace.acceptance_file
+    if (given is not None or path is not None) and speculative_config is None:
+        raise InvalidConfigError("acceptance says something of drafts, and there are none without --speculative-config")
+    if given is not None and path is not None:
+        raise InvalidConfigError("give acceptance or a file that it was measured in, not both")
+    if path is not None:
+        assert speculative_config is not None
+        return Simulation(acceptance=measured_acceptance(path, SpeculativeConfig.parse(speculative_config).method))
+    if given is None:
+        return Simulation()
+    if any(not 0.0 <= share <= 1.0 for share in given):
+        raise InvalidConfigError(f"acceptance is a share, from 0 to 1, not {given}")
+    return Simulation(acceptance=tuple(given))
 
 
 def _search(namespace: argparse.Namespace, settings: Settings) -> int:

@@ -228,6 +228,29 @@ def load_workload(name: str) -> Workload:
         raise InvalidConfigError(f"{path} does not describe a workload: {error!r}") from error
 
 
+def measured_acceptance(path: Path, method: str) -> tuple[float, ...]:
+    """What `quire bench speculate --json` measured of a method: of the drafts tested at each position, the share that was accepted.
+
+    Of the largest fixed number of drafts in the file, all its records together. Raises InvalidConfigError where there is none.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+        mine = [one for one in records if one.get("method") == method and one.get("num_drafts") and one.get("rounds")]
+        most = max((one["num_drafts"] for one in mine), default=0)
+        mine = [one for one in mine if one["num_drafts"] == most]
+        rounds = sum(one["rounds"] for one in mine)
+        reached = [
+            sum(one["rounds"] * one["accepted_per_pos"][idx] for one in mine) / rounds if rounds else 0.0
+            for idx in range(most)
+        ]
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise InvalidConfigError(f"{path} does not hold JSON lines of quire bench speculate: {error!r}") from error
+    if not reached:
+        raise InvalidConfigError(f"{path} has no record of {method} with a fixed number of drafts")
+    before = [1.0, *reached[:-1]]
+    return tuple(share / tested if tested else 0.0 for share, tested in zip(reached, before, strict=True))
+
+
 def parse(name: str, entry: Mapping[str, Any]) -> Workload:
     """Raises InvalidConfigError, KeyError or TypeError for what is none."""
     known = {field.name for field in fields(Workload)} - {"name", "log"}

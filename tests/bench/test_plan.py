@@ -24,12 +24,14 @@ from quire.bench.plan.workload import (
     Workload,
     built_in,
     load_workload,
+    measured_acceptance,
     parse,
 )
 from quire.kernels.errors import InvalidConfigError
 from quire.server.cli import main
 
 P95 = PERCENTILES.index(95)
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 3}'
 USERS = Workload(
     "small",
     "a few users",
@@ -180,6 +182,27 @@ def test_a_recorded_log_is_replayed(tmp_path: Path) -> None:
     ]
 
 
+def test_acceptance_is_taken_from_what_the_benchmark_measured(tmp_path: Path) -> None:
+    """Shares there are of all rounds that drafted so far, here of what came to be tested; records of one K are put together."""
+    path = tmp_path / "speculate.json"
+    records = [
+        {"method": "ngram", "num_drafts": 2, "rounds": 99, "accepted_per_pos": [0.1, 0.1]},
+        {"method": "ngram", "num_drafts": 3, "rounds": 10, "accepted_per_pos": [0.8, 0.4, 0.1]},
+        {"method": "ngram", "num_drafts": 3, "rounds": 30, "accepted_per_pos": [0.4, 0.4, 0.1]},
+        {"method": "ngram", "num_drafts": None, "rounds": 30, "accepted_per_pos": [0.9]},
+        {"method": "draft_model", "num_drafts": 3, "rounds": 30, "accepted_per_pos": [0.9, 0.9, 0.9]},
+        {"part": "break_even", "name": "ngram K=3"},
+    ]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    assert measured_acceptance(path, "ngram") == pytest.approx((0.5, 0.8, 0.25))
+    with pytest.raises(InvalidConfigError, match="no record of eagle3"):
+        measured_acceptance(path, "eagle3")
+    workload = tmp_path / "mine.json"
+    workload.write_text(json.dumps(ENTRY | {"duration_seconds": 5}))
+    flags = ["--device", "v6e:1", "--workload", str(workload), "--max-num-seqs", "16", "--speculative-config", NGRAM]
+    assert main(["plan", *flags, "--acceptance-file", str(path)]) == 0
+
+
 ENTRY: dict[str, Any] = {
     "users": 5,
     "think_seconds": 2,
@@ -265,7 +288,12 @@ def test_the_command_prints_draws_and_says_whether_the_promise_is_kept(
     ("flags", "says"),
     [
         (["--device", "v7:8"], "is not of the form CHIP or CHIP:DEVICES"),
-        (["--acceptance", "1.5"], "acceptance is a share"),
+        (["--acceptance", "1.5", "--speculative-config", NGRAM], "acceptance is a share"),
+        (["--acceptance", "0.5"], "there are none without --speculative-config"),
+        (
+            ["--acceptance-file", "/nowhere", "--speculative-config", NGRAM],
+            "does not hold JSON lines of quire bench speculate",
+        ),
         (["--duration", "0"], "duration must be above 0"),
         (["--device", "v5e:8", "--tensor-parallel-size", "3"], "does not divide the 8 devices"),
         (["--device", "v5e:1", "--model", "llama-3.3-70b"], "spread the model over more devices"),

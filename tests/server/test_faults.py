@@ -9,14 +9,21 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from tests.server.conftest import SMALL, Server, launched, start_server
 
-LONG = {"model": "demo", "prompt": "import os", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
+# A second or two: nothing that is to be interrupted may end before.
+LONG = {"model": "demo", "prompt": "import os", "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
 SHORT = {**LONG, "max_tokens": 8}
+
+
+def roomy_server(*flags: str) -> AbstractContextManager[Server]:
+    """One for texts as long as `LONG`."""
+    return start_server("--max-model-len", "2048", *flags)
 
 
 class Stream(threading.Thread):
@@ -83,7 +90,7 @@ def change_scheduler(server: Server, **changes: object) -> dict:
 
 
 def test_killed_engine_ends_streams_with_an_error_and_is_started_again_when_asked_to() -> None:
-    with start_server("--engine-restarts", "1") as server:
+    with roomy_server("--engine-restarts", "1") as server:
         _, before = server.post("/v1/completions", SHORT)
         streams = [Stream(server, LONG) for _ in range(3)]
         for stream in streams:
@@ -116,7 +123,7 @@ def test_killed_engine_ends_streams_with_an_error_and_is_started_again_when_aske
 
 
 def test_drain_ends_what_is_open_and_takes_nothing_new() -> None:
-    with start_server() as server:
+    with roomy_server() as server:
         pid = engine_pid(server)
         streams = [Stream(server, LONG) for _ in range(4)]
         for stream in streams:
@@ -138,7 +145,7 @@ def test_drain_ends_what_is_open_and_takes_nothing_new() -> None:
 
 
 def test_drain_has_a_limit_after_which_requests_end_with_an_error() -> None:
-    with start_server("--drain-timeout", "0.1") as server:
+    with roomy_server("--drain-timeout", "0.1") as server:
         pid = engine_pid(server)
         streams = [Stream(server, LONG) for _ in range(8)]
         for stream in streams:
@@ -151,7 +158,7 @@ def test_drain_has_a_limit_after_which_requests_end_with_an_error() -> None:
 
 
 def test_engine_goes_when_the_server_is_killed() -> None:
-    with start_server() as server:
+    with roomy_server() as server:
         pid = engine_pid(server)
         stream = Stream(server, LONG)
         assert stream.has_begun.wait(30)
@@ -270,7 +277,7 @@ def _text_of_events(raw: bytes) -> str:
 
 
 def test_request_that_takes_too_long_ends_with_an_error() -> None:
-    with start_server("--request-timeout", "0.3") as server:
+    with roomy_server("--request-timeout", "0.3") as server:
         status, answer = server.post("/v1/completions", {**LONG, "n": 8, "temperature": 1.0})
         assert status == 504
         assert "0.3 seconds" in answer["error"]["message"]
