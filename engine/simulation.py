@@ -46,6 +46,10 @@ class Clock(Protocol):
         """Returns once it is so late."""
         ...
 
+    def spend(self, seconds: float) -> None:
+        """The host has worked for so long."""
+        ...
+
 
 class RealClock:
     """time.monotonic."""
@@ -56,6 +60,9 @@ class RealClock:
     def wait_until(self, moment: float) -> None:
         if (seconds := moment - time.monotonic()) > 0:
             time.sleep(seconds)
+
+    def spend(self, seconds: float) -> None:
+        """That time has gone by itself."""
 
 
 class VirtualClock:
@@ -69,6 +76,9 @@ class VirtualClock:
 
     def wait_until(self, moment: float) -> None:
         self._now = max(self._now, moment)
+
+    def spend(self, seconds: float) -> None:
+        self._now += seconds
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,7 @@ class SimulatedRunner:
             self._admit(admitted)
         host = self._simulation.host
         rows = len(step.decode) + len(step.prefill)
-        self._clock.wait_until(self._clock.now() + host.step_seconds + rows * host.row_seconds)
+        self._clock.spend(host.step_seconds + rows * host.row_seconds)
         launched_at = self._clock.now()
         shape = self._batch.shape_of(step)
         seconds = self._roofline.efficiency.dispatch_us * 1e-6

@@ -143,6 +143,16 @@ def test_on_the_real_clock_steps_are_waited_for() -> None:
     assert engine.runner.busy_seconds <= time.monotonic() - begin
 
 
+def test_the_host_is_charged_for_on_the_virtual_clock_alone() -> None:
+    virtual, real = VirtualClock(), RealClock()
+    begin = virtual.now()
+    virtual.spend(100.0)
+    assert virtual.now() == begin + 100.0
+    before = time.monotonic()
+    real.spend(100.0)
+    assert time.monotonic() - before < 50
+
+
 @pytest.mark.parametrize(("draft", "share"), [("good", 1.0), ("good", 0.6), ("good", 0.0), ("ngram", 0.8)])
 def test_drafts_are_accepted_as_often_as_is_said(draft: str, share: float) -> None:
     simulation = Simulation(acceptance=(share,))
