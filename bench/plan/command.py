@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from quire.backends.chips import all_chips
 from quire.bench.peers.chart import require_matplotlib
 from quire.bench.plan import validation
 from quire.bench.plan.chart import write_chart, write_search_chart
@@ -34,6 +33,7 @@ OWN_SETTINGS = (
     "simulated_output_tokens",
 )
 DEFAULT_SEQUENCES = 256
+DEFAULT_DEVICE = "v5e:8"
 
 
 def add_command(commands: Any) -> None:
@@ -48,9 +48,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--model", "-m", default="llama-3.1-8b", help="a config that comes with quire (llama-3.1-8b, llama-3.3-70b, "
                         "llama-3.2-1b, qwen3-8b, qwen3-30b-a3b), a folder with a config.json, or an id (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--device", default="v5e:8", help="chip and how many devices, as inf2:24 (default: %(default)s)"
-    )
+    parser.add_argument("--device", help=f"chip and how many devices, as inf2:24 (default: {DEFAULT_DEVICE})")
     parser.add_argument("--workload", "-w", default="chat", metavar="NAME|FILE",
                         help=f"{', '.join(built_in())}, a JSON file like workloads.json, or JSON lines of recorded requests "
                         "(default: %(default)s)")  # fmt: skip
@@ -85,12 +83,17 @@ def add_command(commands: Any) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Simulates and reports; 1 where the promise is broken."""
     if namespace.validate:
+        _refuse("--validate", namespace, ("chips_file", "efficiency_file", "baseline", "plot", "search"))
         print(validation.table(validation.check(_say)))
         return 0
     if namespace.plot is not None:
         require_matplotlib()
         if not namespace.plot.absolute().parent.is_dir():
             raise InvalidConfigError(f"{namespace.plot} cannot be written: {namespace.plot.parent} is not a folder")
+    if namespace.search:
+        _refuse("--search", namespace, ("device", "tensor_parallel_size", "max_num_seqs", "baseline"))
+        if len(namespace.policies) > 1:
+            raise InvalidConfigError(f"--search is for one policy, not for {', '.join(namespace.policies)}")
     settings = _settings(namespace)
     if namespace.search:
         return _search(namespace, settings)
@@ -101,7 +104,15 @@ def run(namespace: argparse.Namespace) -> int:
     return _report(namespace, results)
 
 
+def _refuse(flag: str, namespace: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises InvalidConfigError for what was given and would be ignored."""
+    if given := [name for name in names if getattr(namespace, name, None)]:
+        raise InvalidConfigError(f"{', '.join(given)} cannot be given with {flag}, which decides or ignores it")
+
+
 def _settings(namespace: argparse.Namespace) -> Settings:
+    if namespace.seed < 0:
+        raise InvalidConfigError(f"seed must be at least 0, not {namespace.seed}")
     arguments = engine_arguments(namespace)
     for name in ("device", "tensor_parallel_size", "model", "seed"):
         arguments.pop(name, None)
@@ -113,7 +124,7 @@ def _settings(namespace: argparse.Namespace) -> Settings:
         workload = dataclasses.replace(workload, duration_seconds=namespace.duration)
     return Settings(
         model=namespace.model,
-        device=namespace.device,
+        device=namespace.device or DEFAULT_DEVICE,
         workload=workload,
         seed=namespace.seed,
         tensor_parallel_size=namespace.tensor_parallel_size,
@@ -146,14 +157,14 @@ def _search(namespace: argparse.Namespace, settings: Settings) -> int:
         raise InvalidConfigError(
             "a promise that compares with another run is none to search for; give a workload with another"
         )
-    known = all_chips()
+    known = settings.chips()
     chips = namespace.search_chips or [name for name, chip in known.items() if chip.price(1) is not None]
     for name in chips:
         if name not in known:
             raise InvalidConfigError(f"chip {name!r} is not one of {', '.join(known)}")
         if known[name].price(1) is None:
             raise InvalidConfigError(f"chip {name!r} has no public price to search by")
-    settings = dataclasses.replace(settings, arguments={**settings.arguments})
+    settings = dataclasses.replace(settings, policy=namespace.policies[0])
     found, tried = search(settings, chips, _say, _progress())
     if namespace.plot is not None and tried:
         write_search_chart(tried, settings.workload.promise, namespace.plot)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.backends.chips import Chip, all_chips
+from quire.backends.chips import Chip, all_chips, read_chips
 from quire.backends.simulated import SimulatedBackend
 from quire.bench.plan.fleet import Fleet, Run
 from quire.bench.plan.summary import Fleetsize, Summary, summarize
@@ -47,6 +47,10 @@ class Settings:
     simulation: Simulation = Simulation()
     chips_file: Path | None = None
     efficiency_file: Path | None = None
+
+    def chips(self) -> dict[str, Chip]:
+        """Every chip that is known, the user's own among them."""
+        return {**all_chips(), **(read_chips(self.chips_file) if self.chips_file else {})}
 
     def backend(self) -> SimulatedBackend:
         """All of the devices."""
@@ -103,7 +107,7 @@ def largest_size(model: str, num_devices: int) -> int:
 
 def candidates(settings: Settings, chips: Sequence[str]) -> Iterator[tuple[float, Settings]]:
     """Fleets by their price an hour, the cheapest first; of equal price, fewer and larger engines first."""
-    known: dict[str, Chip] = all_chips()
+    known = settings.chips()
     found: list[tuple[float, int, int, Settings]] = []
     for name in chips:
         for count in DEVICE_COUNTS:

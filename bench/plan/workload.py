@@ -161,11 +161,11 @@ class GeneratedTraffic:
         if workload.users is not None:
             first = (self._arrival(user, self._thought(user, 0.0)) for user in range(workload.users))
             return [arrival for arrival in first if arrival.time < workload.duration_seconds]
+        rate = workload.requests_per_s
+        assert rate is not None, workload
         found, moment, idx = [], 0.0, 0
         clock = self._of(-1)
-        while (
-            moment := moment + clock.exponential(1.0 / (workload.requests_per_s or 1.0))
-        ) < workload.duration_seconds:
+        while (moment := moment + clock.exponential(1.0 / rate)) < workload.duration_seconds:
             found.append(self._arrival(idx, moment))
             idx += 1
         return found
@@ -281,6 +281,21 @@ def parse(name: str, entry: Mapping[str, Any]) -> Workload:
         )
     if not 0 < workload.prompt_tokens[0] <= workload.prompt_tokens[1]:
         raise InvalidConfigError(f"workload {name}: prompt_tokens are fewest and most, not {entry['prompt_tokens']}")
+    lengths, spikes = workload.output_tokens, workload.spikes
+    above_zero: dict[str, float | None] = {
+        **{kind: values[kind] for kind in kinds},
+        "duration_seconds": workload.duration_seconds,
+        "output_tokens median": lengths.median,
+        "spikes every": spikes.every if spikes else None,
+        "spikes factor": spikes.factor if spikes else None,
+    }
+    for what, value in above_zero.items():
+        if value is not None and not value > 0:
+            raise InvalidConfigError(f"workload {name}: {what} must be above 0, not {value}")
+    if not 1 <= lengths.least <= lengths.most:
+        raise InvalidConfigError(
+            f"workload {name}: output_tokens are at least 1, and least is no more than most, not {entry['output_tokens']}"
+        )
     if workload.users is not None and workload.think_seconds <= 0:
         raise InvalidConfigError(
             f"workload {name}: think_seconds of users must be above 0, not {workload.think_seconds}"
