@@ -234,3 +234,47 @@ class Backend(Protocol):
     def profile(self, folder: Path) -> AbstractContextManager[Any]:
         """Records what the device does within the context, for the profiler's viewer, into `folder`."""
         ...
+
+
+class WrappedBackend:
+    """Another backend, and whatever a subclass does in its own way."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._inner.capabilities
+
+    @property
+    def memory(self) -> DeviceMemory:
+        return self._inner.memory
+
+    def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
+        return self._inner.make_mesh(tensor_parallel_size)
+
+    def select_ops(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        quantization: str,
+        block_size: int,
+        tensor_parallel_size: int,
+        wanted: dict[str, str] | None,
+    ) -> Ops:
+        return self._inner.select_ops(config, dtype, quantization, block_size, tensor_parallel_size, wanted)
+
+    def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:
+        return self._inner.kv_cache_bytes(memory_utilization, reserved_bytes)
+
+    def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
+        return self._inner.step_shapes(limits)
+
+    def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
+        return self._inner.lower(program, arguments, donate)
+
+    def compile(self, lowered: Any) -> Program:
+        return self._inner.compile(lowered)
+
+    def profile(self, folder: Path) -> AbstractContextManager[Any]:
+        return self._inner.profile(folder)

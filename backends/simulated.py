@@ -14,18 +14,15 @@ from typing import Any
 
 import jax
 
-from quire.backends.base import Backend, Capabilities, Program, ShapeLimits, StepShape
+from quire.backends.base import Capabilities, Program, WrappedBackend
 from quire.backends.chips import Chip, all_chips, read_chips
-from quire.backends.memory import DeviceMemory
 from quire.backends.neuron import NeuronBackend
 from quire.backends.roofline import Roofline, read_efficiencies
 from quire.backends.tpu import TpuBackend
 from quire.kernels.errors import BackendError
-from quire.kernels.ops import Ops
-from quire.models.config import ModelConfig
 
 
-class SimulatedBackend:
+class SimulatedBackend(WrappedBackend):
     """So many devices of a chip, named as v5e:8 is; sizes, limits and memory are those of the backend that drives real ones."""
 
     def __init__(self, target: str, *, chips_file: Path | None = None, efficiency_file: Path | None = None) -> None:
@@ -43,11 +40,10 @@ class SimulatedBackend:
         self.efficiency = efficiencies[self.chip.name]
         # Nothing runs on them, so whatever jax computes is the CPU's.
         jax.config.update("jax_platforms", "cpu")
-        self._real: Backend
         if self.chip.platform == "neuron":
-            self._real = NeuronBackend(self.chip, self.num_devices)
+            super().__init__(NeuronBackend(self.chip, self.num_devices))
         else:
-            self._real = TpuBackend(only_planned=(self.chip, self.num_devices))
+            super().__init__(TpuBackend(only_planned=(self.chip, self.num_devices)))
 
     def roofline(self, num_devices: int) -> Roofline:
         """Of so many of the devices."""
@@ -56,32 +52,7 @@ class SimulatedBackend:
     @property
     def capabilities(self) -> Capabilities:
         """Those of the real devices, by a name that says that these are none."""
-        return dataclasses.replace(self._real.capabilities, platform=f"simulated {self.chip.name}")
-
-    @property
-    def memory(self) -> DeviceMemory:
-        return self._real.memory
-
-    def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
-        return self._real.make_mesh(tensor_parallel_size)
-
-    def select_ops(
-        self,
-        config: ModelConfig,
-        dtype: str,
-        quantization: str,
-        block_size: int,
-        tensor_parallel_size: int,
-        wanted: dict[str, str] | None,
-    ) -> Ops:
-        return self._real.select_ops(config, dtype, quantization, block_size, tensor_parallel_size, wanted)
-
-    def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:
-        """Of a device whose weights are not in its memory yet."""
-        return self._real.kv_cache_bytes(memory_utilization, reserved_bytes)
-
-    def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
-        return self._real.step_shapes(limits)
+        return dataclasses.replace(self._inner.capabilities, platform=f"simulated {self.chip.name}")
 
     def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
         raise BackendError(f"a simulated {self.chip.name} computes nothing, so there is nothing to lower for it")

@@ -12,18 +12,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quire.backends.base import Backend, Capabilities, Program, ShapeLimits, StepShape
+from quire.backends.base import Backend, ShapeLimits, StepShape, WrappedBackend
 from quire.backends.environment import cache_folder
-from quire.backends.memory import DeviceMemory
 from quire.bench.peers.shapes import SHAPES, Shape, make_checkpoint
 from quire.kernels.ops import Ops
 from quire.kernels.sampling.contract import Sample
@@ -95,25 +92,14 @@ class ForcedSample:
         return token.astype(jnp.int32)
 
 
-class ForcedBackend:
+class ForcedBackend(WrappedBackend):
     """A backend whose models sample what `ForcedSample` says. Everything else is the backend's own."""
 
     def __init__(self, backend: Backend, acceptances: Sequence[float], is_draft: Callable[[ModelConfig], bool]) -> None:
         """`is_draft` tells the draft model's config from the target's."""
-        self._backend = backend
+        super().__init__(backend)
         self._acceptances = tuple(acceptances)
         self._is_draft = is_draft
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._backend.capabilities
-
-    @property
-    def memory(self) -> DeviceMemory:
-        return self._backend.memory
-
-    def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:
-        return self._backend.make_mesh(tensor_parallel_size)
 
     def select_ops(
         self,
@@ -124,23 +110,11 @@ class ForcedBackend:
         tensor_parallel_size: int,
         wanted: dict[str, str] | None,
     ) -> Ops:
-        ops = self._backend.select_ops(config, dtype, quantization, block_size, tensor_parallel_size, wanted)
+        ops = super().select_ops(config, dtype, quantization, block_size, tensor_parallel_size, wanted)
         forced = ForcedSample(ops.sample.function, self._acceptances, self._is_draft(config))
         return dataclasses.replace(ops, sample=dataclasses.replace(ops.sample, function=forced))
 
-    def kv_cache_bytes(self, memory_utilization: float, reserved_bytes: int) -> int:
-        return self._backend.kv_cache_bytes(memory_utilization, reserved_bytes)
-
     def step_shapes(self, limits: ShapeLimits) -> Sequence[StepShape]:
         """Without those whose sampler is told nothing of its rows; random ones cover them."""
-        shapes = self._backend.step_shapes(limits)
+        shapes = super().step_shapes(limits)
         return [shape for shape in shapes if shape.sampling > SamplingMode.GREEDY or shape.is_catch_up]
-
-    def lower(self, program: Program, arguments: Sequence[Any], donate: Sequence[int]) -> Any:
-        return self._backend.lower(program, arguments, donate)
-
-    def compile(self, lowered: Any) -> Program:
-        return self._backend.compile(lowered)
-
-    def profile(self, folder: Path) -> AbstractContextManager[Any]:
-        return self._backend.profile(folder)

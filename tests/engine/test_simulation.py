@@ -43,7 +43,7 @@ class SimulatedCpu(SimulatedBackend):
 
     def __init__(self) -> None:
         super().__init__("v6e:1")
-        self._real = QuickBackend()
+        self._inner = QuickBackend()
 
 
 def core(backend: Any, simulation: Simulation | None = None, clock: Any = None, **settings: Any) -> EngineCore:
