@@ -182,7 +182,7 @@ class ShapeLimits:
 
 
 Program = Callable[..., Any]
-"""A pure function (params, state, inputs) -> (state, output) whose state is donated."""
+"""A pure function of arrays; what it changes is donated to it and returned."""
 
 
 class Backend(Protocol):

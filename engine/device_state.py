@@ -9,6 +9,7 @@ one's tokens have been read, several steps can run in one dispatch, and a specul
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +66,52 @@ class Slots:
 
 @flax.struct.dataclass
 class DeviceState:
-    """Donated to every step and returned by it; never copied."""
+    """What a program changes of it is donated to it and returned by it; never copied."""
 
     kv_cache: Any  # tuple of L arrays in the device's `CacheFormat`, or one array with the layers along the block axis
     slots: Slots
     draft_cache: Any = None  # like kv_cache, a draft model's or a head's; under the same block tables
     draft_features: Any = None  # [S + 1, D], of each row's last token but one, for a head that drafts
+
+
+class StateSplit:
+    """Which leaves of a state a program changes. They are donated to it and come back; the others it only reads.
+
+    Handing back what did not change would cost the host, for every leaf of every step, about what scheduling a row does.
+    """
+
+    def __init__(self, state: DeviceState, changed: Collection[str]) -> None:
+        """`changed` names fields of DeviceState or of Slots; the state may be abstract."""
+        found, self._treedef = jax.tree_util.tree_flatten_with_path(state)
+        is_changed = [_field_of(path) in changed for path, _ in found]
+        self.changed_at = tuple(idx for idx, changes in enumerate(is_changed) if changes)
+        self._held_at = tuple(idx for idx, changes in enumerate(is_changed) if not changes)
+
+    def held(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Of all leaves of a state, those that are only read."""
+        return tuple([leaves[idx] for idx in self._held_at])
+
+    def changed(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """Of all leaves of a state, those that are changed."""
+        return tuple([leaves[idx] for idx in self.changed_at])
+
+    def join(self, held: Sequence[Any], changed: Sequence[Any]) -> DeviceState:
+        """The state of which these are the parts."""
+        leaves = dict(zip((*self._held_at, *self.changed_at), (*held, *changed), strict=True))
+        state: DeviceState = jax.tree.unflatten(self._treedef, [leaves[idx] for idx in range(len(leaves))])
+        return state
+
+    def changed_of(self, state: DeviceState, held: Sequence[Any]) -> tuple[Any, ...]:
+        """The leaves to hand back of the state that a program has made, while it is traced; `held` are those it was given to read."""
+        leaves = jax.tree.leaves(state)
+        assert all(new is old for new, old in zip(self.held(leaves), held, strict=True)), "changed, and said not to be"
+        return self.changed(leaves)
+
+
+def _field_of(path: Sequence[Any]) -> str:
+    """The field of DeviceState, or of Slots, that a leaf belongs to."""
+    name: str = path[1].name if path[0].name == "slots" else path[0].name
+    return name
 
 
 def empty_row(max_model_len: int, vocab_size: int) -> Slots:

@@ -8,6 +8,7 @@ sample with: where both models would choose alike, they do. Nothing here can cha
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,6 +83,10 @@ class Drafter(Protocol):
         """The layers of the target whose inputs it reads, in every step."""
         ...
 
+    def changed_by(self, shape: StepShape) -> Collection[str]:
+        """The fields of DeviceState and of Slots that it changes in a step of this shape, beside those that every step does."""
+        ...
+
     def draft(
         self,
         shape: StepShape,
@@ -131,6 +136,9 @@ class NgramDrafter:
     min_tokens: int
     max_tokens: int
     captured_layers: tuple[int, ...] = ()
+
+    def changed_by(self, shape: StepShape) -> Collection[str]:
+        return ()
 
     def draft(
         self,
@@ -206,6 +214,9 @@ class ModelDrafter:
 
     part: StepModel
     captured_layers: tuple[int, ...] = ()
+
+    def changed_by(self, shape: StepShape) -> Collection[str]:
+        return ("draft_cache", "num_drafted") if shape.num_drafts or shape.is_catch_up else ()
 
     def draft(
         self,

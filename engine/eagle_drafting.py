@@ -10,6 +10,7 @@ once the target has.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import jax
@@ -33,6 +34,9 @@ class EagleDrafter:
     @property
     def captured_layers(self) -> tuple[int, ...]:
         return self.head.captured_layers
+
+    def changed_by(self, shape: StepShape) -> Collection[str]:
+        return ("draft_cache", "draft_features")
 
     def draft(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from quire.backends.base import Program, StepShape
 from quire.engine.compilation import CompilationCounter
-from quire.engine.device_state import DeviceState, Slots, empty_row, empty_slots, request_row
+from quire.engine.device_state import DeviceState, Slots, StateSplit, empty_row, empty_slots, request_row
 from quire.engine.drafting import Weights
 from quire.engine.input_batch import BatchLayout, InputBatch, ShapeChooser
 from quire.engine.planning import EnginePlan
@@ -93,7 +94,7 @@ class Runner(Protocol):
 class ModelRunner:
     """Launches steps in order and reads them in order; a step may be launched before the last one was read.
 
-    The device's state is donated to every program, so only the newest one is kept. Knows slots, not requests.
+    What a program changes of the device's state is donated to it, so only the newest one is kept. Knows slots, not requests.
     """
 
     def __init__(self, plan: EnginePlan, weights: Weights) -> None:
@@ -106,6 +107,7 @@ class ModelRunner:
         self._batch = InputBatch(resolved.limits, resolved.max_num_seqs, blocks_per_row, resolved.block_size, chooser)
         self.step_config = plan.step_config
         self.programs: dict[StepShape, Program] = {}
+        self._splits: dict[StepShape, StateSplit] = {}
         self._write_row: Program | None = None
         self.compilations = CompilationCounter()
         self.counters = RunnerCounters()
@@ -120,12 +122,21 @@ class ModelRunner:
             plan.mesh,
             plan.backend.memory,
         )
-        self.state = DeviceState(caches[0], slots, *caches[1:])
+        state = DeviceState(caches[0], slots, *caches[1:])
         if plan.features_shape is not None:
             features = np.zeros(plan.features_shape, jnp.dtype(plan.target.dtype))
-            self.state = self.state.replace(  # type: ignore[attr-defined]
+            state = state.replace(  # type: ignore[attr-defined]
                 draft_features=on_every_device(features, plan.mesh, plan.backend.memory)
             )
+        self._leaves, self._treedef = jax.tree.flatten(state)
+        # Which of them are the slots.
+        self._slots_split = StateSplit(state, [field.name for field in dataclasses.fields(Slots)])
+
+    @property
+    def state(self) -> DeviceState:
+        """The newest; its arrays are gone once another step was launched."""
+        state: DeviceState = jax.tree.unflatten(self._treedef, self._leaves)
+        return state
 
     @property
     def num_programs(self) -> int:
@@ -146,10 +157,11 @@ class ModelRunner:
         slot_update = slot_update_source(self.state.slots, max_model_len, vocab_size, self._plan.mesh)
         *programs, self._write_row = build_all(self._plan.backend, [*sources, slot_update], self._build, progress)
         self.programs = dict(zip(self._plan.shapes, programs, strict=True))
+        self._splits = {source.shape: source.split for source in sources if source.shape and source.split}
         self._write(self._plan.resolved.max_num_seqs, empty_row(max_model_len, vocab_size))
         for shape in self._plan.shapes:
-            self.state, _ = self._run(shape, self._batch.padding(shape))
-        jax.block_until_ready(self.state)
+            self._run(shape, self._batch.padding(shape))
+        jax.block_until_ready(self._leaves)
         self.compilations.finish_warm_up()
         return time.perf_counter() - begin
 
@@ -174,19 +186,26 @@ class ModelRunner:
         inputs, layout = self._batch.build(step)
         if step.catch_up:
             shape, catch_up = self._batch.build_catch_up(step)
-            self.state, _ = self._run(shape, catch_up)
-        self.state, output = self._run(layout.shape, inputs)
+            self._run(shape, catch_up)
+        output = self._run(layout.shape, inputs)
         jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
         self.counters.num_real_tokens += step.num_tokens
         if not self._plan.ops.is_padding_free:
             self.counters.num_padding_tokens += layout.shape.num_tokens * step.num_decode_steps - step.num_tokens
         return Dispatched(step, layout, output, launched_at)
 
-    def _run(self, shape: StepShape, inputs: Any) -> tuple[DeviceState, Any]:
-        launched: tuple[DeviceState, Any] = self.programs[shape](
-            weights_of(self.step_config, shape, self._weights), self.state, inputs
-        )
-        return launched
+    def _run(self, shape: StepShape, inputs: Any) -> Any:
+        """Launches a program, and gives its output."""
+        leaves, split = self._leaves, self._splits[shape]
+        weights = weights_of(self.step_config, shape, self._weights)
+        changed, output = self.programs[shape](weights, split.held(leaves), split.changed(leaves), inputs)
+        self._keep(split, changed)
+        return output
+
+    def _keep(self, split: StateSplit, changed: Sequence[Any]) -> None:
+        """A program has given back these leaves of the state."""
+        for idx, leaf in zip(split.changed_at, changed, strict=True):
+            self._leaves[idx] = leaf
 
     def wait(self, dispatched: Dispatched) -> None:
         """Blocks until the device has finished a launched step."""
@@ -213,7 +232,8 @@ class ModelRunner:
 
     def _write(self, slot: int, row: Slots) -> None:
         assert self._write_row is not None, "warm_up comes first"
-        self.state = self.state.replace(slots=self._write_row(self.state.slots, np.int32(slot), row))  # type: ignore[attr-defined]
+        slots = self._write_row(self.state.slots, np.int32(slot), row)
+        self._keep(self._slots_split, jax.tree.leaves(slots))
 
     def _prompt_logprobs(self, dispatched: Dispatched) -> dict[str, list[TokenLogprobs]]:
         if dispatched.output.prompt_logprobs is None:

@@ -119,7 +119,16 @@ class EnginePlan:
 
     def sources(self) -> list[ProgramSource]:
         """Every program of the engine, from abstract weights: what can be compiled on a machine that has neither them nor the device."""
-        weights = Weights(*(part.describe_weights() for part in self.models))
+        weights, state = self.abstract_weights(), self.abstract_state()
+        steps = [step_source(self.step_config, shape, weights, state, self.mesh) for shape in self.shapes]
+        return [*steps, slot_update_source(state.slots, self.resolved.max_model_len, self.model.vocab_size, self.mesh)]
+
+    def abstract_weights(self) -> Weights:
+        """Shapes, dtypes and shardings of all parameters."""
+        return Weights(*(part.describe_weights() for part in self.models))
+
+    def abstract_state(self) -> DeviceState:
+        """The same of the device's state."""
         # Their sharding is what says which device the programs are for, also where it is one.
         whole = NamedSharding(self.mesh, EVERYWHERE)
         slots = abstract_on(
@@ -130,8 +139,7 @@ class EnginePlan:
         if self.features_shape is not None:
             features = jax.ShapeDtypeStruct(self.features_shape, jnp.dtype(self.target.dtype), sharding=whole)
             state = state.replace(draft_features=features)  # type: ignore[attr-defined]
-        steps = [step_source(self.step_config, shape, weights, state, self.mesh) for shape in self.shapes]
-        return [*steps, slot_update_source(slots, self.resolved.max_model_len, self.model.vocab_size, self.mesh)]
+        return state
 
 
 def _plan_draft(settings: EngineConfig, target: ModelPlan) -> ModelPlan | None:

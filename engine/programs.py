@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quire.backends.base import Backend, Program, StepShape
 from quire.backends.memory import DeviceMemory
-from quire.engine.device_state import DeviceState, empty_row, write_row
+from quire.engine.device_state import DeviceState, StateSplit, empty_row, write_row
 from quire.engine.drafting import CatchUpInput, Weights
-from quire.engine.step import ModelInput, StepConfig, make_step
+from quire.engine.step import ModelInput, StepConfig, changed_by, make_step
 
 EVERYWHERE = PartitionSpec()
 
@@ -29,6 +29,8 @@ class ProgramSource:
     arguments: tuple[Any, ...]
     """Trees of jax.ShapeDtypeStruct, sharded where several devices hold them."""
     donate: tuple[int, ...]
+    split: StateSplit | None = None
+    """Of the state that a step is called with."""
 
     def lower(self, backend: Backend) -> Any:
         """Into the compiler's input."""
@@ -43,9 +45,13 @@ def step_source(
     config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, mesh: Mesh
 ) -> ProgramSource:
     """One shape's step for a mesh, from real or abstract parameters and state."""
-    arguments = (*abstract((weights_of(config, shape, weights), state)), abstract_inputs(shape, mesh))
-    out_specs = (specs_of(arguments[1]), EVERYWHERE)
-    return ProgramSource(shape, spread(make_step(config, shape), arguments, out_specs, mesh), arguments, (1,))
+    split = StateSplit(state, changed_by(config, shape))
+    leaves = jax.tree.leaves(state)
+    read = abstract((weights_of(config, shape, weights), split.held(leaves), split.changed(leaves)))
+    arguments = (*read, abstract_inputs(shape, mesh))
+    out_specs = (specs_of(arguments[2]), EVERYWHERE)
+    function = spread(make_step(config, shape, split), arguments, out_specs, mesh)
+    return ProgramSource(shape, function, arguments, (2,), split)
 
 
 def weights_of(config: StepConfig, shape: StepShape, weights: Weights) -> Weights:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from quire.backends.base import Program, StepShape
-from quire.engine.device_state import DeviceState, Slots
+from quire.engine.device_state import DeviceState, Slots, StateSplit
 from quire.engine.drafting import DecodeRows, Drafter, ModelDrafter, Rectangles, Weights
 from quire.engine.passes import StepModel, places_of_tokens, sampling_rows
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
@@ -80,26 +80,42 @@ class StepConfig:
     drafter: Drafter | None = None
 
 
-def make_step(config: StepConfig, shape: StepShape) -> Program:
-    """The program of one shape, for each device: (weights, state, inputs) -> (state, StepOutput); compile it with the state donated."""
+def changed_by(config: StepConfig, shape: StepShape) -> frozenset[str]:
+    """The fields of DeviceState and of Slots that a step of this shape changes."""
+    by_target = () if shape.is_catch_up else ("kv_cache", "tokens", "num_tokens")
+    by_drafter = () if config.drafter is None else config.drafter.changed_by(shape)
+    return frozenset((*by_target, *by_drafter))
 
-    def step(weights: Weights, state: DeviceState, inputs: ModelInput) -> tuple[DeviceState, StepOutput]:
+
+Leaves = tuple[Any, ...]
+
+
+def make_step(config: StepConfig, shape: StepShape, split: StateSplit) -> Program:
+    """The program of one shape, for each device: (weights, held, changed, inputs) -> (changed, StepOutput).
+
+    `held` and `changed` are the parts of the state by `split`; compile it with `changed` donated.
+    """
+
+    def step(weights: Weights, held: Leaves, changed: Leaves, inputs: ModelInput) -> tuple[Leaves, StepOutput]:
+        def one_step(changed: Leaves) -> tuple[Leaves, StepOutput]:
+            state, output = _one_step(config, shape, weights, split.join(held, changed), inputs)
+            return split.changed_of(state, held), output
+
         if shape.num_decode_steps == 1:
-            state, output = _one_step(config, shape, weights, state, inputs)
-            return state, with_step_axis(output)
+            changed, output = one_step(changed)
+            return changed, with_step_axis(output)
         if config.unroll_steps:
             outputs = []
             for _ in range(shape.num_decode_steps):
-                state, output = _one_step(config, shape, weights, state, inputs)
+                changed, output = one_step(changed)
                 outputs.append(output)
-            return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        return jax.lax.scan(
-            lambda state, _: _one_step(config, shape, weights, state, inputs), state, length=shape.num_decode_steps
-        )
+            return changed, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+        return jax.lax.scan(lambda changed, _: one_step(changed), changed, length=shape.num_decode_steps)
 
-    def catch_up(weights: Weights, state: DeviceState, inputs: Any) -> tuple[DeviceState, None]:
+    def catch_up(weights: Weights, held: Leaves, changed: Leaves, inputs: Any) -> tuple[Leaves, None]:
         assert isinstance(config.drafter, ModelDrafter), shape
-        return config.drafter.catch_up(shape, config.block_size, weights, state, inputs), None
+        state = config.drafter.catch_up(shape, config.block_size, weights, split.join(held, changed), inputs)
+        return split.changed_of(state, held), None
 
     return catch_up if shape.is_catch_up else step
 

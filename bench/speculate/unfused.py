@@ -23,11 +23,11 @@ from quire.bench.speculate.contenders import Contender
 from quire.bench.speculate.rounds import Case, OtherLoad, Record, Tokens, Workload, add_requests, equality, run
 from quire.engine import LLM, SamplingParams
 from quire.engine.core import EngineCore
-from quire.engine.device_state import DeviceState
+from quire.engine.device_state import StateSplit
 from quire.engine.drafting import Weights
 from quire.engine.model_runner import ModelRunner
 from quire.engine.programs import EVERYWHERE, ProgramSource, everywhere, specs_of, spread
-from quire.engine.step import ModelInput, StepConfig, StepOutput, begin_step, draft, verify, with_step_axis
+from quire.engine.step import Leaves, ModelInput, StepConfig, StepOutput, begin_step, draft, verify, with_step_axis
 from quire.kernels.errors import InvalidConfigError
 from quire.kernels.sampling.rows import SamplingMode
 
@@ -48,46 +48,51 @@ class UnfusedRound:
         assert shape.num_drafts > 0, shape
         assert shape.num_decode_steps == 1, shape
         plan, source = core.plan, runner_of(core).step_source(shape)
+        assert source.split is not None, shape
         mesh, backend = plan.mesh, plan.backend
-        state_specs = specs_of(source.arguments[1])
+        changed_specs = specs_of(source.arguments[2])
         num_drafts = jax.ShapeDtypeStruct((shape.decode_rows,), np.int32, sharding=everywhere(mesh))
 
         def build(function: Program, arguments: tuple[Any, ...]) -> Program:
-            program = spread(function, arguments, (state_specs, EVERYWHERE), mesh)
-            return backend.compile(ProgramSource(shape, program, arguments, (1,)).lower(backend))
+            program = spread(function, arguments, (changed_specs, EVERYWHERE), mesh)
+            return backend.compile(ProgramSource(shape, program, arguments, source.donate).lower(backend))
 
-        self._draft = build(_draft_program(plan.step_config, shape), source.arguments)
-        self._verify = build(_verify_program(plan.step_config, shape), (*source.arguments, num_drafts))
+        self._draft = build(_draft_program(plan.step_config, shape, source.split), source.arguments)
+        self._verify = build(_verify_program(plan.step_config, shape, source.split), (*source.arguments, num_drafts))
 
-    def __call__(self, weights: Weights, state: DeviceState, inputs: ModelInput) -> tuple[DeviceState, StepOutput]:
-        """(state, StepOutput), as of the step's own program."""
-        state, drafts = self._draft(weights, state, inputs)
+    def __call__(
+        self, weights: Weights, held: Leaves, changed: Leaves, inputs: ModelInput
+    ) -> tuple[Leaves, StepOutput]:
+        """(changed, StepOutput), as of the step's own program."""
+        changed, drafts = self._draft(weights, held, changed, inputs)
         num_drafts, _ = jax.device_get(drafts)  # waits for the device
-        verified: tuple[DeviceState, StepOutput] = self._verify(weights, state, inputs, num_drafts)
+        verified: tuple[Leaves, StepOutput] = self._verify(weights, held, changed, inputs, num_drafts)
         return verified
 
 
-def _draft_program(config: StepConfig, shape: StepShape) -> Program:
+def _draft_program(config: StepConfig, shape: StepShape, split: StateSplit) -> Program:
     def run(
-        weights: Weights, state: DeviceState, inputs: ModelInput
-    ) -> tuple[DeviceState, tuple[jax.Array, jax.Array]]:
+        weights: Weights, held: Leaves, changed: Leaves, inputs: ModelInput
+    ) -> tuple[Leaves, tuple[jax.Array, jax.Array]]:
         """The number of drafts of each row [R] int32, and the drafts [R, K] int32, for the host."""
+        state = split.join(held, changed)
         begun, rows = begin_step(shape, state.slots, inputs)
         state, num_drafts = draft(config, shape, weights, state, begun, rows)
         places = rows.num_tokens[:, None] + jnp.arange(shape.num_drafts, dtype=jnp.int32)[None, :]
         places = jnp.minimum(places, state.slots.tokens.shape[1] - 1)
-        return state, (num_drafts, state.slots.tokens[rows.slots[:, None], places])
+        return split.changed_of(state, held), (num_drafts, state.slots.tokens[rows.slots[:, None], places])
 
     return run
 
 
-def _verify_program(config: StepConfig, shape: StepShape) -> Program:
+def _verify_program(config: StepConfig, shape: StepShape, split: StateSplit) -> Program:
     def run(
-        weights: Weights, state: DeviceState, inputs: ModelInput, num_drafts: jax.Array
-    ) -> tuple[DeviceState, StepOutput]:
+        weights: Weights, held: Leaves, changed: Leaves, inputs: ModelInput, num_drafts: jax.Array
+    ) -> tuple[Leaves, StepOutput]:
+        state = split.join(held, changed)
         begun, rows = begin_step(shape, state.slots, inputs)
         state, output = verify(config, shape, weights, state, begun, rows, num_drafts)
-        return state, with_step_axis(output)
+        return split.changed_of(state, held), with_step_axis(output)
 
     return run
 

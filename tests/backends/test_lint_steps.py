@@ -119,10 +119,7 @@ def plan_of(name: str, num_devices: int, scan_layers: bool, **settings: Any) -> 
 
 def source_of(plan: EnginePlan, shape: StepShape) -> ProgramSource:
     """The step of a shape that the backend does not list."""
-    sources = plan.sources()
-    reads_all = next((source for source in sources if source.shape is not None and source.shape.num_drafts), sources[0])
-    weights, state, _ = reads_all.arguments
-    return step_source(plan.step_config, shape, weights, state, plan.mesh)
+    return step_source(plan.step_config, shape, plan.abstract_weights(), plan.abstract_state(), plan.mesh)
 
 
 def report_of(plan: EnginePlan, shape: StepShape) -> LintReport:

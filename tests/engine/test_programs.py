@@ -76,6 +76,9 @@ def test_the_check_finds_a_copy() -> None:
 def test_nothing_is_compiled_after_warm_up_whatever_is_asked(llm: LLM) -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 101, n).tolist() for n in (1, 40, 200, 7, 90, 3)]
+    num_compilations = llm.stats().num_compilations
+    # The slot update is one more, where no engine of this process had an equal one.
+    assert num_compilations >= len(llm.core.runner.programs)
     common = {"max_tokens": 6, "detokenize": False}
     for params in (
         {"temperature": 0.0},
@@ -87,7 +90,7 @@ def test_nothing_is_compiled_after_warm_up_whatever_is_asked(llm: LLM) -> None:
         for count in (1, 3, 6):
             llm.generate(prompts[:count], SamplingParams(**common, **params), use_tqdm=False)
             check_idle(llm)
-    assert llm.stats().num_compilations == len(llm.core.runner.programs) + 1
+    assert llm.stats().num_compilations == num_compilations
 
 
 def test_padded_equals_unpadded(llm: LLM) -> None:

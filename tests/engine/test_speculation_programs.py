@@ -19,7 +19,7 @@ from tests.engine.engines import XLA_KERNELS, FewShapesBackend, check_idle, gene
 
 # Large enough that a copy of a cache would stand out from everything else in the program. The draft model is another than the target, and
 # so is the shape of its cache.
-NUM_BLOCKS = 4000
+NUM_BLOCKS = 9000
 DRAFT = {"num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 1}
 
 
@@ -33,11 +33,15 @@ def assert_no_cache_is_copied(llm: LLM) -> None:
     assert len({cache.shape for leaves in caches.values() for cache in leaves}) == len(
         [c for c in caches.values() if c]
     )
-    total = sum(cache.nbytes for leaves in caches.values() for cache in leaves)
     smallest = min(sum(cache.nbytes for cache in leaves) for leaves in caches.values() if leaves)
     for shape, program in llm.core.runner.programs.items():
         memory = program.memory_analysis()
         text = program.as_text()
+        # Programs that do not write a cache are not given it.
+        source = llm.core.runner.step_source(shape)
+        given = {"target": not shape.is_catch_up, "draft": bool(shape.num_drafts or shape.is_catch_up)}
+        total = sum(cache.nbytes for name, leaves in caches.items() for cache in leaves if given[name])
+        assert total <= sum(leaf.size * leaf.dtype.itemsize for leaf in source.arguments[2]) < total + smallest / 2
         assert memory.alias_size_in_bytes >= total, f"{shape.describe()}: a cache is not updated in place"
         for name, leaves in caches.items():
             for cache in leaves[:1]:
@@ -134,6 +138,9 @@ def test_what_compiling_tells_of_copies_counts_those_of_a_draft_models_cache() -
 def test_nothing_is_compiled_after_warm_up_whatever_is_asked(llm: LLM) -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 101, n).tolist() for n in (1, 40, 200, 7, 90, 3)]
+    num_compilations = llm.stats().num_compilations
+    # The slot update is one more, where no engine of this process had an equal one.
+    assert num_compilations >= len(llm.core.runner.programs)
     common = {"max_tokens": 9, "detokenize": False}
     for params in (
         {"temperature": 0.0},
@@ -147,13 +154,13 @@ def test_nothing_is_compiled_after_warm_up_whatever_is_asked(llm: LLM) -> None:
                 asked = SamplingParams(**common, **params, num_speculative_tokens=num_drafts)
                 llm.generate(prompts[:count], asked, use_tqdm=False)
                 check_idle(llm)
-    assert llm.stats().num_compilations == len(llm.core.runner.programs) + 1
+    assert llm.stats().num_compilations == num_compilations
     assert llm.stats().num_draft_rounds > 0
 
 
 PROMPTS = [[5, 6, 7, 8] * 11, [3, 1, 4, 1, 5], [9] * 20, [2, 7, 1, 8, 2, 8]]
 PARAMS = [
-    SamplingParams(temperature=t, seed=idx, max_tokens=40, ignore_eos=True, detokenize=False)
+    SamplingParams(temperature=t, seed=idx, max_tokens=72, ignore_eos=True, detokenize=False)
     for idx, t in enumerate((0.0, 1.0, 0.0, 0.7))
 ]
 
