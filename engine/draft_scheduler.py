@@ -38,6 +38,10 @@ class DraftPolicy(Protocol):
         """A round took so long."""
         ...
 
+    def observe_other_step(self) -> None:
+        """A step that `observe_step` is not told of, since it did more."""
+        ...
+
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
         """A row had so many drafts verified, or asked for in vain."""
         ...
@@ -63,6 +67,9 @@ class FixedDrafts:
         return self._num_drafts if any(limits) else 0
 
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+        pass
+
+    def observe_other_step(self) -> None:
         pass
 
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
@@ -138,7 +145,7 @@ class DraftScheduler:
         self._has_draft_cache = has_draft_cache
         self._tile_size = tile_size
         self._max_tiles = max_tiles
-        self._account = CatchUpAccount()
+        self.account = CatchUpAccount()
         # Of the step that is being planned: who is drafted for, and how many tiles each catches up with.
         self._ready: set[str] = set()
         self._num_tiles: dict[str, int] = {}
@@ -211,7 +218,7 @@ class DraftScheduler:
 
     def _may_draft(self, request: Request) -> bool:
         """Whether the row needs no catching up, or may have it; who has begun comes to the end."""
-        is_paid = not self._has_draft_cache or self._account.is_open or request.is_catching_up
+        is_paid = not self._has_draft_cache or self.account.is_open or request.is_catching_up
         return is_paid or self._lag(request) <= MAX_DRAFT_LAG
 
     def _lag(self, request: Request) -> int:
@@ -241,15 +248,18 @@ class DraftScheduler:
 
     def observe_step(self, step: SchedulerOutput, seconds: float, num_tokens: int) -> None:
         """A step took so long, catching up included, and brought so many tokens."""
-        self._account.served(seconds)
+        self.account.served(seconds)
         if step.prefill:
+            self.policy.observe_other_step()
             return
         num_rows = len(step.decode)
-        if not step.catch_up:  # whose cost is in the account, and in no round's
+        if step.catch_up:  # its cost is in the account, and in no round's
+            self.policy.observe_other_step()
+        else:
             self.policy.observe_step(num_rows, step.num_drafts, seconds / step.num_decode_steps)
         plain_cost = self.policy.cost(num_rows, 0) if step.num_drafts or step.catch_up else None
         if plain_cost is not None:
-            self._account.saved(num_tokens / num_rows * plain_cost - seconds)
+            self.account.saved(num_tokens / num_rows * plain_cost - seconds)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""

@@ -24,6 +24,7 @@ HOST_SIDE = (
     "block_pool",
     "detokenizer",
     "draft_controller",
+    "draft_estimates",
     "kv_cache_manager",
     "outputs",
     "request",

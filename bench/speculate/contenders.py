@@ -13,10 +13,18 @@ from typing import Any
 from quire.backends.base import Backend
 from quire.engine import LLM
 from quire.engine.draft_controller import DraftController
-from quire.engine.draft_scheduler import DraftPolicy, FixedDrafts
+from quire.engine.draft_scheduler import CatchUpAccount, DraftPolicy, FixedDrafts
 from quire.engine.speculation import SpeculativeConfig
 
 NO_SPECULATION = "none"
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What an engine has learned of drafts. Contenders that share an engine have each their own."""
+
+    policy: DraftPolicy
+    account: CatchUpAccount
 
 
 @dataclass(frozen=True)
@@ -34,21 +42,21 @@ class Contender:
             return self.method
         return f"{self.method} {'adaptive' if self.num_drafts is None else f'K={self.num_drafts}'}"
 
-    def new_policy(self) -> DraftPolicy | None:
-        """What chooses the number of drafts, and has learned nothing yet; None without speculation."""
+    def new_experience(self) -> Experience | None:
+        """Of one that has served nothing yet; None without speculation."""
         if self.method == NO_SPECULATION:
             return None
         if self.num_drafts is None:
-            return DraftController((0, *self.llm.core.config.draft_counts))
-        return FixedDrafts(self.num_drafts)
+            return Experience(DraftController((0, *self.llm.core.config.draft_counts)), CatchUpAccount())
+        return Experience(FixedDrafts(self.num_drafts), CatchUpAccount())
 
-    def use(self, policy: DraftPolicy | None) -> None:
-        """Has the engine ask this policy from the next request on. The engine must be idle."""
+    def use(self, experience: Experience | None) -> None:
+        """Has the engine go by this from the next request on, and add to it. The engine must be idle."""
         assert not self.llm.core.has_work, "requests carry what a policy remembers of them"
         drafts = self.llm.core.scheduler.drafts
-        assert (drafts is None) == (policy is None), self
-        if drafts is not None and policy is not None:
-            drafts.policy = policy
+        assert (drafts is None) == (experience is None), self
+        if drafts is not None and experience is not None:
+            drafts.policy, drafts.account = experience.policy, experience.account
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 Tokens = list[list[int]]
 
 
-NUM_LEARNING_STEPS = 400
+NUM_LEARNING_STEPS = 1000
 """Of an adaptive contender, before it is measured: what is of interest is how it serves, not how it finds out what serves best."""
 
 
@@ -93,12 +93,12 @@ def run_case(
     case: Case, contenders: Sequence[Contender], workload: Workload, num_rounds: int, say: Callable[[str], None]
 ) -> list[Record]:
     """Measures a case: a record for each contender, the first of which is the one that the others are compared with."""
-    policies = {contender.name: contender.new_policy() for contender in contenders}
+    experiences = {contender.name: contender.new_experience() for contender in contenders}
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
 
     def run_once(contender: Contender, round_idx: int) -> Run:
         # Contenders may share an engine.
-        contender.use(policies[contender.name])
+        contender.use(experiences[contender.name])
         return run(contender.llm, *workload.requests(case, round_idx))
 
     for contender in contenders:

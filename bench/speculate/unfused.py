@@ -126,7 +126,7 @@ def _compare(
     num_rounds: int,
     say: Callable[[str], None],
 ) -> Record:
-    contender.use(contender.new_policy())
+    contender.use(contender.new_experience())
     fused_ms: list[float] = []
     unfused_ms: list[float] = []
     tokens: list[Tokens] = []

@@ -367,6 +367,9 @@ class DraftsInTurn:
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         pass
 
+    def observe_other_step(self) -> None:
+        pass
+
     def observe_round(self, acceptance: None, num_drafts: int, num_accepted: int) -> None:
         assert 0 <= num_accepted <= num_drafts
 
