@@ -89,6 +89,8 @@ class DraftController:
         self._best = self._rival = 0
         self._check_after = self.REMEASURE_AFTER
         self._hold = (0, 0)
+        # Steps of a probe for the cost of more drafts: two where the first has to catch up, which says nothing of the cost.
+        self._least_wider = 1
 
     def new_acceptance(self) -> Acceptance:
         """For a new request."""
@@ -156,15 +158,25 @@ class DraftController:
         Steps that also computed prompts are not comparable and are not reported.
         """
         cost = self._costs.observe(num_rows, self._arms[num_drafts], seconds)
-        if self._probe is not None and num_drafts > self._probe.more_than:
-            self._probe.num_steps += 1
+        self._count_probe(num_drafts)
         saved = self._budget + self.EXPLORATION_SHARE * cost
         self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
         self._curve.refresh()
 
-    def observe_other_step(self) -> None:
-        """A step that cannot be compared, as it computed prompts too: what the host does for them may be seen in the next one."""
-        self._costs.interrupt()
+    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
+        """A step that cannot be compared, as it did more: caught up before its drafts, or computed prompts, and then `num_drafts` is None.
+
+        What the host does for prompts may be seen in the next step.
+        """
+        self._costs.interrupt(num_rows, None if num_drafts is None else self._arms[num_drafts])
+        if num_drafts is not None:
+            self._least_wider = 2
+            self._count_probe(num_drafts)
+
+    def _count_probe(self, num_drafts: int) -> None:
+        """A step, whose rounds are known."""
+        if self._probe is not None and num_drafts > self._probe.more_than:
+            self._probe.num_steps += 1
 
     def observe_round(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
         """A row had its drafts verified. `num_drafts` is what it was asked for, min(K, its limit), even if less was proposed.
@@ -235,7 +247,8 @@ class DraftController:
         if chosen == best:
             return best, 0, 0.0
         # Drafts are tested by one step, costs by those that follow their own kind: as many as cost no more than a step of the best.
-        length = min(max(int(seconds[best] / price), 2 if chosen < best else 1), self.MAX_LENGTH) if for_cost else 1
+        least = 2 if chosen < best else self._least_wider
+        length = min(max(int(seconds[best] / price), least), self.MAX_LENGTH) if for_cost else 1
         wait = min(self._interval, length * price / (self.BACKED_OFF_SHARE * seconds[best]))
         if length * price > self._budget or self._steps_since_probe < wait:
             return best, 0, 0.0

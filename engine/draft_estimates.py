@@ -218,9 +218,9 @@ class StepCosts:
             self._measured_at[cell] = self._num_steps
         return medians[arm] or seconds
 
-    def interrupt(self) -> None:
-        """A step that cannot be compared came in between: the next one follows none of its kind."""
-        self._cells = (None, None)
+    def interrupt(self, num_rows: int, arm: int | None) -> None:
+        """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
+        self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
 
     def _add(self, cell: tuple[int, int], seconds: float) -> None:
         """One more sample of a cell."""

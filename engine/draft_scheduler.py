@@ -38,8 +38,8 @@ class DraftPolicy(Protocol):
         """A round took so long."""
         ...
 
-    def observe_other_step(self) -> None:
-        """A step that `observe_step` is not told of, since it did more."""
+    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
+        """A step that `observe_step` is not told of, since it did more; None where that was prompts."""
         ...
 
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
@@ -69,7 +69,7 @@ class FixedDrafts:
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         pass
 
-    def observe_other_step(self) -> None:
+    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
         pass
 
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
@@ -90,9 +90,11 @@ class CatchUpAccount:
     # Beside the 2 % that trying other numbers of drafts may cost.
     SHARE = 0.005
     MOST_SECONDS = 1.0
+    # Lent at the start, when nothing is known of what drafts save: what is lost by trying would take long to be credited.
+    LENT_SECONDS = 0.25
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.LENT_SECONDS
 
     @property
     def is_open(self) -> bool:
@@ -249,12 +251,12 @@ class DraftScheduler:
     def observe_step(self, step: SchedulerOutput, seconds: float, num_tokens: int) -> None:
         """A step took so long, catching up included, and brought so many tokens."""
         self.account.served(seconds)
-        if step.prefill:
-            self.policy.observe_other_step()
-            return
         num_rows = len(step.decode)
+        if step.prefill:
+            self.policy.observe_other_step(num_rows, None)
+            return
         if step.catch_up:  # its cost is in the account, and in no round's
-            self.policy.observe_other_step()
+            self.policy.observe_other_step(num_rows, step.num_drafts)
         else:
             self.policy.observe_step(num_rows, step.num_drafts, seconds / step.num_decode_steps)
         plain_cost = self.policy.cost(num_rows, 0) if step.num_drafts or step.catch_up else None

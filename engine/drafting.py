@@ -75,6 +75,31 @@ class Rectangles:
     last_token: Any  # [R x W + P] int32, index into T of the token whose hidden state gives the logits
 
 
+@dataclass(frozen=True)
+class DraftStep:
+    """The step that is drafted in, while it is traced."""
+
+    shape: StepShape
+    block_size: int
+    weights: Weights
+    rows: DecodeRows
+    """As they are before it."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What came of a step's drafts."""
+
+    num_drafts: jax.Array
+    """[R] int32."""
+    num_accepted: jax.Array
+    """[R] int32."""
+    kept: Rectangles
+    """The tokens that the step computed and that stay, in the places that they were computed in."""
+    captured: jax.Array | None
+    """[T, n x D], the inputs of the captured layers."""
+
+
 class Drafter(Protocol):
     """Where drafts come from. Frozen and hashable: it is static for every step."""
 
@@ -87,40 +112,17 @@ class Drafter(Protocol):
         """The fields of DeviceState and of Slots that it changes in a step of this shape, beside those that every step does."""
         ...
 
-    def draft(
-        self,
-        shape: StepShape,
-        block_size: int,
-        weights: Weights,
-        state: DeviceState,
-        rows: DecodeRows,
-        limits: jax.Array,
-    ) -> tuple[DeviceState, jax.Array]:
-        """The state with drafts in each row's tokens, from `rows.num_tokens` on, and how many there are: [R] int32, at most `limits`.
+    def draft(self, step: DraftStep, state: DeviceState, limits: jax.Array) -> tuple[DeviceState, jax.Array]:
+        """The state with drafts in each row's tokens, from `step.rows.num_tokens` on, and how many there are: [R] int32, at most `limits`.
 
-        `limits` [R] int32 is -1 to `shape.num_drafts`, above 0 only where the row is active.
+        `limits` [R] int32 is -1 to `step.shape.num_drafts`, above 0 only where the row is active.
         """
         ...
 
-    def observe(
-        self,
-        shape: StepShape,
-        weights: Weights,
-        state: DeviceState,
-        rows: DecodeRows,
-        num_drafts: jax.Array,
-        num_accepted: jax.Array,
-        kept: Rectangles,
-        captured: jax.Array | None,
-    ) -> DeviceState:
+    def observe(self, step: DraftStep, state: DeviceState, verified: Verified) -> DeviceState:
         """The state after a step, with what the drafter keeps there; called in every step, with drafts or without.
 
-        Args:
-            state: of after the step, with the sampled tokens.
-            rows: as they were before it.
-            num_drafts, num_accepted: [R] int32.
-            kept: the tokens that the step computed and that stay, in the places that they were computed in.
-            captured: [T, n x D], the inputs of the captured layers.
+        `state` is of after the step, with the sampled tokens.
         """
         ...
 
@@ -140,41 +142,30 @@ class NgramDrafter:
     def changed_by(self, shape: StepShape) -> Collection[str]:
         return ()
 
-    def draft(
-        self,
-        shape: StepShape,
-        block_size: int,
-        weights: Weights,
-        state: DeviceState,
-        rows: DecodeRows,
-        limits: jax.Array,
-    ) -> tuple[DeviceState, jax.Array]:
-        slots = state.slots
+    def draft(self, step: DraftStep, state: DeviceState, limits: jax.Array) -> tuple[DeviceState, jax.Array]:
+        slots, rows = state.slots, step.rows
         tokens = slots.tokens[rows.slots]  # [R, L]
         source, length = latest_match(tokens, rows.num_tokens, self.max_tokens)
         num_drafts = jnp.where(length >= self.min_tokens, jnp.maximum(limits, 0), 0)
         period = jnp.maximum(rows.num_tokens - source, 1)
-        idx = jnp.arange(shape.num_drafts, dtype=jnp.int32)[None, :]
+        idx = jnp.arange(step.shape.num_drafts, dtype=jnp.int32)[None, :]
         places = source[:, None] + jax.lax.rem(jnp.broadcast_to(idx, (tokens.shape[0], idx.shape[1])), period[:, None])
         drafts = jnp.take_along_axis(tokens, jnp.clip(places, 0, tokens.shape[1] - 1), axis=1)
-        sink = slots.num_tokens.shape[0] - 1
-        slot_ids = jnp.where(idx < num_drafts[:, None], rows.slots[:, None], sink)
-        ends = jnp.minimum(rows.num_tokens[:, None] + idx, tokens.shape[1] - 1)
-        slots = slots.replace(tokens=slots.tokens.at[slot_ids, ends].set(drafts, mode="promise_in_bounds"))  # type: ignore[attr-defined]
+        slot_ids = jnp.where(idx < num_drafts[:, None], rows.slots[:, None], slots.num_tokens.shape[0] - 1)
+        slots = write_tokens(slots, slot_ids, rows.num_tokens[:, None] + idx, drafts)
         return state.replace(slots=slots), num_drafts  # type: ignore[attr-defined]
 
-    def observe(
-        self,
-        shape: StepShape,
-        weights: Weights,
-        state: DeviceState,
-        rows: DecodeRows,
-        num_drafts: jax.Array,
-        num_accepted: jax.Array,
-        kept: Rectangles,
-        captured: jax.Array | None,
-    ) -> DeviceState:
+    def observe(self, step: DraftStep, state: DeviceState, verified: Verified) -> DeviceState:
         return state
+
+
+def write_tokens(slots: Slots, slot_ids: jax.Array, places: jax.Array, token_ids: jax.Array) -> Slots:
+    """The slots with `token_ids` at `places` of their tokens; all three of one shape, int32, slots within bounds, places not below 0."""
+    ends = jnp.minimum(places, slots.tokens.shape[1] - 1)
+    written: Slots = slots.replace(  # type: ignore[attr-defined]
+        tokens=slots.tokens.at[slot_ids, ends].set(token_ids, mode="promise_in_bounds")
+    )
+    return written
 
 
 def latest_match(tokens: jax.Array, num_tokens: jax.Array, max_tokens: int) -> tuple[jax.Array, jax.Array]:
@@ -218,59 +209,40 @@ class ModelDrafter:
     def changed_by(self, shape: StepShape) -> Collection[str]:
         return ("draft_cache", "num_drafted") if shape.num_drafts or shape.is_catch_up else ()
 
-    def draft(
-        self,
-        shape: StepShape,
-        block_size: int,
-        weights: Weights,
-        state: DeviceState,
-        rows: DecodeRows,
-        limits: jax.Array,
-    ) -> tuple[DeviceState, jax.Array]:
-        slots, cache = state.slots, state.draft_cache
+    def draft(self, step: DraftStep, state: DeviceState, limits: jax.Array) -> tuple[DeviceState, jax.Array]:
+        slots, cache, rows, sampling = state.slots, state.draft_cache, step.rows, step.shape.sampling
         num_drafted = jnp.clip(slots.num_drafted[rows.slots], 0, rows.num_tokens)
         lag = rows.num_tokens - num_drafted  # never 0 for an active row: its newest token is new to both models
         num_drafts = jnp.where((lag > 0) & (lag <= MAX_DRAFT_LAG), jnp.maximum(limits, 0), 0)
         start = num_drafted
-        for idx in range(shape.num_drafts):
+        for idx in range(step.shape.num_drafts):
             drafts_now = idx < num_drafts
             width = MAX_DRAFT_LAG if idx == 0 else 1
             query_lens = jnp.where(drafts_now, jnp.clip(lag, 0, MAX_DRAFT_LAG) if idx == 0 else 1, 0)
             hidden, cache = self._run(
-                slots, cache, weights, rows.slots, rows.tables, start, query_lens, width, block_size
+                slots, cache, step.weights, rows.slots, rows.tables, start, query_lens, width, step.block_size
             )
             last = jnp.arange(rows.slots.shape[0], dtype=jnp.int32) * width + jnp.maximum(query_lens - 1, 0)
             start = rows.num_tokens + idx
             slot_ids = jnp.where(drafts_now, rows.slots, slots.num_tokens.shape[0] - 1)
+            end = jnp.where(drafts_now, start, 0)
             sampled = self.part.sample(
-                weights.draft,
+                step.weights.draft,
                 hidden[last],
-                sampling_rows(slots, slot_ids, jnp.where(drafts_now, start, 0), shape.sampling),
-                shape.sampling,
+                sampling_rows(slots, slot_ids, end, sampling),
+                sampling,
                 num_logprobs=0,
                 is_used=drafts_now,
             )
-            end = jnp.minimum(jnp.where(drafts_now, start, 0), slots.tokens.shape[1] - 1)
-            tokens = slots.tokens.at[slot_ids, end].set(sampled.token_ids, mode="promise_in_bounds")
-            slots = slots.replace(tokens=tokens)  # type: ignore[attr-defined]
+            slots = write_tokens(slots, slot_ids, end, sampled.token_ids)
         return state.replace(slots=slots, draft_cache=cache), num_drafts  # type: ignore[attr-defined]
 
-    def observe(
-        self,
-        shape: StepShape,
-        weights: Weights,
-        state: DeviceState,
-        rows: DecodeRows,
-        num_drafts: jax.Array,
-        num_accepted: jax.Array,
-        kept: Rectangles,
-        captured: jax.Array | None,
-    ) -> DeviceState:
+    def observe(self, step: DraftStep, state: DeviceState, verified: Verified) -> DeviceState:
         """Of the accepted drafts the cache has all but the last that was made, which no pass has read."""
-        if not shape.num_drafts:
+        if not step.shape.num_drafts:
             return state
-        slots = state.slots
-        num_drafted = rows.num_tokens + jnp.minimum(num_drafts - 1, num_accepted)
+        slots, rows, num_drafts = state.slots, step.rows, verified.num_drafts
+        num_drafted = rows.num_tokens + jnp.minimum(num_drafts - 1, verified.num_accepted)
         slot_ids = jnp.where(num_drafts > 0, rows.slots, slots.num_tokens.shape[0] - 1)
         counted = jnp.where(num_drafts > 0, num_drafted, 0)
         slots = slots.replace(  # type: ignore[attr-defined]

@@ -22,7 +22,16 @@ import jax.numpy as jnp
 
 from quire.backends.base import Program, StepShape
 from quire.engine.device_state import DeviceState, Slots, StateSplit
-from quire.engine.drafting import DecodeRows, Drafter, ModelDrafter, Rectangles, Weights
+from quire.engine.drafting import (
+    DecodeRows,
+    Drafter,
+    DraftStep,
+    ModelDrafter,
+    Rectangles,
+    Verified,
+    Weights,
+    write_tokens,
+)
 from quire.engine.passes import StepModel, places_of_tokens, sampling_rows
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
 from quire.kernels.sampling.reference import compute_logprobs
@@ -157,7 +166,7 @@ def draft(
         return state, jnp.zeros(shape.decode_rows, jnp.int32)
     assert config.drafter is not None, shape
     limits = jnp.clip(inputs.decode_drafts, 0, jnp.minimum(rows.room - 1, shape.num_drafts))
-    return config.drafter.draft(shape, config.block_size, weights, state, rows, limits)
+    return config.drafter.draft(DraftStep(shape, config.block_size, weights, rows), state, limits)
 
 
 def verify(
@@ -205,7 +214,8 @@ def verify(
     read = sampled.token_ids
     if config.drafter is not None:
         kept = _lay_out(shape, config.block_size, appended, inputs, rows, num_accepted)
-        state = config.drafter.observe(shape, weights, state, rows, num_drafts, num_accepted, kept, captured)
+        step = DraftStep(shape, config.block_size, weights, rows)
+        state = config.drafter.observe(step, state, Verified(num_drafts, num_accepted, kept, captured))
         read = jnp.concatenate([read, jnp.where(rows.is_active, num_accepted + 1, 0), num_drafts])
     return state, StepOutput(read, sampled.logprobs, prompt_logprobs)
 
@@ -279,9 +289,7 @@ def _accept(
 def _append(slots: Slots, slot_ids: jax.Array, num_tokens: jax.Array, token_ids: jax.Array) -> Slots:
     """Each slot gets a token after its `num_tokens`. The sink's length stays 0, so it is never active."""
     sink = slots.num_tokens.shape[0] - 1
-    end = jnp.minimum(num_tokens, slots.tokens.shape[1] - 1)
-    appended: Slots = slots.replace(  # type: ignore[attr-defined]
-        tokens=slots.tokens.at[slot_ids, end].set(token_ids, mode="promise_in_bounds"),
+    appended: Slots = write_tokens(slots, slot_ids, num_tokens, token_ids).replace(  # type: ignore[attr-defined]
         num_tokens=slots.num_tokens.at[slot_ids].set(
             jnp.where(slot_ids == sink, 0, num_tokens + 1), mode="promise_in_bounds"
         ),

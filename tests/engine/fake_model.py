@@ -367,7 +367,7 @@ class DraftsInTurn:
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         pass
 
-    def observe_other_step(self) -> None:
+    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
         pass
 
     def observe_round(self, acceptance: None, num_drafts: int, num_accepted: int) -> None:

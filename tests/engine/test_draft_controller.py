@@ -89,9 +89,11 @@ class Device:
         carried: Cost = lambda num_rows, num_drafts: 0.0,
         moods: Sequence[float] = (1.0,),
         lateness: float = 0.0,
+        catches_up: bool = False,
     ) -> None:
         """`carried` of what a step costs is work that is done, and measured, during the next.
 
+        With `catches_up` the first step with drafts after four without takes twice as long and is reported as one that did more.
         One step in five is seen to have ended `lateness` seconds late, by which the next looks shorter. `moods` are how many times as
         long everything takes, for 20 to 400 steps at a time; what a run costs is counted without.
         """
@@ -103,6 +105,7 @@ class Device:
         self.carried = carried
         self.carried_over = 0.0
         self.moods = moods
+        self.catches_up, self.num_without = catches_up, 0
         self.lateness, self.late = lateness, 0.0
         self.mood, self.mood_left, self.mood_chance = 1.0, 0, random.Random(seed)
         self.rows = [self.controller.new_acceptance() for _ in range(num_rows)]
@@ -129,10 +132,16 @@ class Device:
         asked = [min(num_drafts, limit) for limit in limits]
         accepted = [self._draw(row, count) for row, count in zip(rates, asked, strict=True)]
 
+        did_more = self.catches_up and num_drafts > 0 and self.num_without >= 4
+        self.num_without = 0 if num_drafts else self.num_without + 1
+
         def observe() -> None:
             for row, count, num_accepted in zip(rows, asked, accepted, strict=True):
                 self.controller.observe_round(row, count, num_accepted)
-            self.controller.observe_step(num_rows, num_drafts, seconds)
+            if did_more:
+                self.controller.observe_other_step(num_rows, num_drafts)
+            else:
+                self.controller.observe_step(num_rows, num_drafts, seconds)
 
         before, self.in_flight = self.in_flight, observe
         if before is not None:
@@ -364,6 +373,24 @@ def test_a_change_of_costs_is_followed(before, after, right):
     device.cost = after
     choices = device.run([[flat(0.7)] * 8], 1500).choices
     assert choices[1000:].count(right) >= 450
+
+
+@pytest.mark.parametrize("catches_up", [False, True])
+def test_drafts_that_have_become_cheap_are_found_out(catches_up):
+    device = Device(8, lambda r, k: 0.01 * (1 + 2 * k), catches_up=catches_up)
+    before = device.run([[flat(0.7)] * 8], 1000).choices
+    device.cost = medium
+    after = device.run([[flat(0.7)] * 8], 1500).choices
+    assert before[500:].count(0) >= 450
+    assert sum(map(bool, after[1000:])) >= 450
+
+
+def test_drafts_of_a_model_that_has_to_catch_up_first_are_tried_and_at_most_twice_as_often_as_others():
+    def num_drafting(catches_up: bool) -> int:
+        device = Device(4, medium, lifetime=10**6, catches_up=catches_up)
+        return sum(map(bool, device.run([[FAILS] * 4], 1000).choices))
+
+    assert num_drafting(False) <= num_drafting(True) <= 2 * num_drafting(False)
 
 
 def test_what_was_measured_at_one_batch_size_tells_what_is_not_at_another():

@@ -14,7 +14,7 @@ from scipy import stats
 
 from quire.backends.base import StepShape
 from quire.engine.device_state import DeviceState, empty_slots
-from quire.engine.drafting import DecodeRows, NgramDrafter, Weights, latest_match
+from quire.engine.drafting import DecodeRows, DraftStep, NgramDrafter, Weights, latest_match
 from tests.engine.acceptance_table import NUM_DRAWS, agreement, draw, pairs
 
 # One chance in ten thousand per check; the draws are fixed, so a check that passes once always passes.
@@ -116,7 +116,7 @@ SLOT_IDS = np.array([2, 0, 3, NUM_ROWS, 1], np.int32)  # in any order, one of th
 @partial(jax.jit, static_argnames="shape")
 def draft(slots, limits, shape):
     rows = DecodeRows.of(slots, SLOT_IDS, np.zeros((len(SLOT_IDS), 1), np.int32))
-    state, counts = DRAFTER.draft(shape, 8, Weights(None), DeviceState(None, slots), rows, limits)
+    state, counts = DRAFTER.draft(DraftStep(shape, 8, Weights(None), rows), DeviceState(None, slots), limits)
     return state.slots, counts
 
 
