@@ -175,6 +175,10 @@ class StepCosts:
     than it would among its like, and one after fewer drafts less. So a sample is a step that follows one of its own kind; or, of a
     single one within steps of fewer drafts, what it and the step after it took together, less what that one costs. A cell is the lower
     median of its last samples, so that single slow steps count for nothing.
+
+    What makes the usual step slower, others who use the machine or longer contexts, makes those with other numbers of drafts slower
+    too, which are seldom measured: so they are taken to follow it. Usual is a cell once all its samples are of late; before, what it
+    takes is compared with what the others took.
     """
 
     WINDOW = 9
@@ -195,6 +199,9 @@ class StepCosts:
         # Of the last two steps, and what the last one took.
         self._cells: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
         self._seconds = 0.0
+        # What most steps are of late, its samples since then, and those of others since its last.
+        self._usual: tuple[int, int] | None = None
+        self._num_usual = self._num_unusual = 0
 
     @staticmethod
     def bucket(num_rows: int) -> int:
@@ -211,6 +218,8 @@ class StepCosts:
         known = medians[arm]
         if cell == last:
             self._add(cell, seconds)
+            if known is not None and self._is_usual(cell):
+                self._scale_others(cell, (medians[arm] or known) / known)
         elif before == cell and last is not None and cell < last and known is not None:
             self._add(last, max(last_seconds + seconds - known, 0.0))
         if not self._samples.get(cell):  # better than nothing, until there is one
@@ -221,6 +230,30 @@ class StepCosts:
     def interrupt(self, num_rows: int, arm: int | None) -> None:
         """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
         self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
+
+    def _is_usual(self, cell: tuple[int, int]) -> bool:
+        """Whether this, of which there is a sample now, is what most steps are, and all samples of it are of late."""
+        if cell == self._usual:
+            self._num_usual += 1
+            self._num_unusual = 0
+        else:
+            self._num_unusual += 1
+            if self._num_unusual > self.WINDOW // 2:
+                self._usual, self._num_usual, self._num_unusual = cell, 0, 0
+        return cell == self._usual and self._num_usual > self.WINDOW
+
+    def _scale_others(self, cell: tuple[int, int], factor: float) -> None:
+        """What changes the cost of the usual step changes that of others alike."""
+        bucket, arm = cell
+        medians = self._medians[bucket]
+        if factor != 1.0:
+            for other, median in enumerate(medians):
+                if other != arm and median is not None:
+                    medians[other] = median * factor
+                    samples = self._samples.get((bucket, other))
+                    if samples:
+                        for idx in range(len(samples)):
+                            samples[idx] *= factor
 
     def _add(self, cell: tuple[int, int], seconds: float) -> None:
         """One more sample of a cell."""

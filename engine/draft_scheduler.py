@@ -91,7 +91,7 @@ class CatchUpAccount:
     SHARE = 0.005
     MOST_SECONDS = 1.0
     # Lent at the start, when nothing is known of what drafts save: what is lost by trying would take long to be credited.
-    LENT_SECONDS = 0.25
+    LENT_SECONDS = 0.05
 
     def __init__(self) -> None:
         self.seconds = self.LENT_SECONDS

@@ -250,9 +250,12 @@ def test_batch_sizes_that_change_all_the_time_cost_at_most_three_percent(rates, 
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9])
-@pytest.mark.parametrize("num_rows", [1, 8])
-def test_work_that_a_step_leaves_to_the_next_counts_as_its_own(num_rows, rate):
-    """Of small models: the host hands out a step's tokens while the device is at the next, and more drafts bring more tokens."""
+@pytest.mark.parametrize(("num_rows", "most"), [(8, 1.03), (1, 1.04)])
+def test_work_that_a_step_leaves_to_the_next_counts_as_its_own(num_rows, most, rate):
+    """Of small models: the host hands out a step's tokens while the device is at the next, and more drafts bring more tokens.
+
+    What is learned of one row alone is uncertain, and a single run may have bad luck.
+    """
 
     def run(seed: int) -> float:
         device = Device(
@@ -263,11 +266,10 @@ def test_work_that_a_step_leaves_to_the_next_counts_as_its_own(num_rows, rate):
         )
         return device.run([[flat(rate)] * num_rows], 3000).against_best
 
-    # What one row alone shows is uncertain, so that a single run may have bad luck.
-    assert statistics.fmean(run(seed) for seed in range(4)) <= 1.03
+    assert statistics.fmean(run(seed) for seed in range(4)) <= most
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 0.7, 0.9])
 def test_what_slows_every_step_now_and_then_counts_for_nothing(rate, seed):
     """Others use the machine as well, for seconds at a time: what is measured then is compared with what was measured beside it."""
