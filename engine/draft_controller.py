@@ -69,7 +69,7 @@ class DraftController:
     MAX_PROBE_AGE = 16
     # Steps of a second trial, and of a probe for cost where these are cheap: the first after a change are slower than those that follow.
     TRIAL_LENGTH = 4
-    MAX_LENGTH = 8
+    MAX_LENGTH = 4
 
     def __init__(self, draft_counts: Sequence[int]) -> None:
         """`draft_counts` are the compiled numbers of drafts, ascending from 0."""
