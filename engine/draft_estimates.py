@@ -221,7 +221,7 @@ class StepCosts:
             if known is not None and self._is_usual(cell):
                 self._scale_others(cell, (medians[arm] or known) / known)
         elif before == cell and last is not None and cell < last and known is not None:
-            self._add(last, max(last_seconds + seconds - known, 0.0))
+            self._add(last, max(last_seconds + seconds - known, known))
         if not self._samples.get(cell):  # better than nothing, until there is one
             medians[arm] = seconds if known is None else (known + seconds) / 2
             self._measured_at[cell] = self._num_steps

@@ -425,6 +425,28 @@ def test_the_cost_of_a_step_is_reported_once_it_was_measured():
     assert controller.cost(9, 3) is None
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_steps_seem_to_take_they_cost_something_and_a_number_is_chosen(seed):
+    """Steps that end at once because the one before was seen late, or take a thousand times as long; prompts and catching up between."""
+    chance = random.Random(seed)
+    controller = DraftController(DRAFT_COUNTS)
+    rows = [controller.new_acceptance() for _ in range(8)]
+    for _ in range(500):
+        num_rows = chance.choice((1, 3, 8))
+        choice = 0 if controller.rests() else controller.choose(num_rows, rows[:num_rows], [MOST] * num_rows)
+        for row in rows[:num_rows]:
+            controller.observe_round(row, choice, chance.randint(0, choice))
+        match chance.randrange(10):
+            case 0:
+                controller.observe_other_step(num_rows, None)
+            case 1:
+                controller.observe_other_step(num_rows, choice)
+            case _:
+                controller.observe_step(num_rows, choice, 10.0 ** chance.uniform(-6, 0))
+        costs = [controller.cost(num_rows, count) for count in DRAFT_COUNTS]
+        assert all(cost is None or cost > 0.0 for cost in costs)
+
+
 # ---- acceptance
 
 
