@@ -77,7 +77,7 @@ class DeviceState:
 class StateSplit:
     """Which leaves of a state a program changes. They are donated to it and come back; the others it only reads.
 
-    Handing back what did not change would cost the host, for every leaf of every step, about what scheduling a row does.
+    Handing back what did not change would cost the host time for every leaf of every step.
     """
 
     def __init__(self, state: DeviceState, changed: Collection[str]) -> None:
