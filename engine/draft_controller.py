@@ -68,7 +68,6 @@ class DraftController:
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 16
     # Steps of a second trial, and of a probe for cost where these are cheap: the first after a change are slower than those that follow.
-    TRIAL_LENGTH = 4
     MAX_LENGTH = 4
 
     def __init__(self, draft_counts: Sequence[int]) -> None:
@@ -222,7 +221,7 @@ class DraftController:
             is_open = 2 * rate >= max(rates) or self._costs.is_contradicted(bucket, arm, seconds[arm])
             if self._num_trials[arm] == 1 and is_open:
                 self._num_trials[arm] = 2
-                self._hold = (arm, self.TRIAL_LENGTH - 1)
+                self._hold = (arm, self.MAX_LENGTH - 1)
                 return arm
         return None
 
@@ -237,9 +236,8 @@ class DraftController:
                 continue
             age = self._costs.age(bucket, arm)
             loss = max(seconds[arm] - tokens[arm] / best_rate, 0.01 * seconds[arm])
-            is_old = age > (
-                self._check_after if arm == self._rival else self.REMEASURE_AFTER
-            ) or not self._costs.is_sure(bucket, arm, seconds[arm])
+            holds_for = self._check_after if arm == self._rival else self.REMEASURE_AFTER
+            is_old = age > holds_for or not self._costs.is_sure(bucket, arm, seconds[arm])
             most_tokens = tokens[0] + min(sum_limits, count * tokens[0])
             if is_old or (arm > best and most_tokens > best_rate * seconds[arm]):
                 score = min(age, self.REMEASURE_AFTER) / loss

@@ -218,7 +218,7 @@ class StepCosts:
         known = medians[arm]
         if cell == last:
             self._add(cell, seconds)
-            if known is not None and self._is_usual(cell):
+            if known is not None and self._count_usual(cell):
                 self._scale_others(cell, (medians[arm] or known) / known)
         elif before == cell and last is not None and cell < last and known is not None:
             self._add(last, max(last_seconds + seconds - known, known))
@@ -231,8 +231,8 @@ class StepCosts:
         """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
         self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
 
-    def _is_usual(self, cell: tuple[int, int]) -> bool:
-        """Whether this, of which there is a sample now, is what most steps are, and all samples of it are of late."""
+    def _count_usual(self, cell: tuple[int, int]) -> bool:
+        """Counts a sample of this cell; whether it is what most steps are, and all its samples are of late."""
         if cell == self._usual:
             self._num_usual += 1
             self._num_unusual = 0
