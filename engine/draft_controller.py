@@ -18,17 +18,28 @@ from quire.engine.draft_estimates import Acceptance, AcceptanceCurve, StepCosts
 
 
 class _Probe:
-    """Steps with more drafts than seem best, until their rounds have come back. Prices and needs are of one step."""
+    """Steps with more drafts than seem best, until their rounds have come back. Prices and needs are of one round."""
 
-    __slots__ = ("age", "length", "more_than", "num_accepted", "num_needed", "num_steps", "price", "seconds_per_token")
+    __slots__ = (
+        "age",
+        "length",
+        "more_than",
+        "num_accepted",
+        "num_needed",
+        "num_rounds",
+        "num_steps",
+        "paid",
+        "seconds_per_token",
+    )
 
-    def __init__(self, more_than: int, length: int, num_needed: float, price: float, seconds_per_token: float) -> None:
+    def __init__(self, more_than: int, length: int, num_needed: float, paid: float, seconds_per_token: float) -> None:
         self.more_than = more_than
         self.length = length
         self.num_needed = num_needed
-        self.price = price
+        self.paid = paid
         self.seconds_per_token = seconds_per_token
         self.num_steps = 0
+        self.num_rounds = 0
         self.num_accepted = 0
         self.age = 0
 
@@ -89,6 +100,8 @@ class DraftController:
         self._best = self._rival = 0
         self._check_after = self.REMEASURE_AFTER
         self._hold = (0, 0)
+        # Of the last step.
+        self._rounds_per_step = 1
         # Steps of a probe for the cost of more drafts: two where the first has to catch up, which says nothing of the cost.
         self._least_wider = 1
 
@@ -131,15 +144,16 @@ class DraftController:
             arm = best
             if self._probe is None and self._budget > 0.0:
                 arm, length, price = self._pick_probe(bucket, best, tokens, seconds, sum(limits))
+                paid = length * self._rounds_per_step * price
                 if arm != best:
                     self._hold = (arm, length - 1)
-                    self._budget -= length * price
+                    self._budget -= paid
                     self._steps_since_probe = 0
                 if arm == self._rival:
                     self._check_after = min(2 * self._check_after, self.REMEASURE_AFTER)
                 if arm > best:
                     num_needed = rates[best] * seconds[arm] - len(rows) - self._accepted_anyway(best, rows, limits)
-                    self._probe = _Probe(self.draft_counts[best], length, num_needed, price, 1 / rates[best])
+                    self._probe = _Probe(self.draft_counts[best], length, num_needed, paid, 1 / rates[best])
             if arm == 0 == best and self._probe is None:
                 self._rest = self.REST
         return self.draft_counts[arm]
@@ -152,18 +166,19 @@ class DraftController:
         self._hold = (arm, num_left - 1)
         return arm if arm < num_arms else None
 
-    def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
-        """A decode step (one round) with K = `num_drafts` took so long, from the end of the step before it to its own end.
+    def observe_step(self, num_rows: int, num_drafts: int, seconds: float, num_rounds: int = 1) -> None:
+        """A decode step with K = `num_drafts` took so long, from the end of the step before it to its own end.
 
         Steps that also computed prompts are not comparable and are not reported.
         """
-        cost = self._costs.observe(num_rows, self._arms[num_drafts], seconds)
-        self._count_probe(num_drafts)
-        saved = self._budget + self.EXPLORATION_SHARE * cost
-        self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
+        cost = self._costs.observe(num_rows, self._arms[num_drafts], seconds / num_rounds)
+        self._count_probe(num_drafts, num_rounds)
+        share = self.EXPLORATION_SHARE if self._interval < self.MAX_INTERVAL else self.BACKED_OFF_SHARE
+        saved = self._budget + share * num_rounds * cost
+        self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * num_rounds * cost)
         self._curve.refresh()
 
-    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
+    def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
         """A step that cannot be compared, as it did more: caught up before its drafts, or computed prompts, and then `num_drafts` is None.
 
         What the host does for prompts may be seen in the next step.
@@ -171,12 +186,14 @@ class DraftController:
         self._costs.interrupt(num_rows, None if num_drafts is None else self._arms[num_drafts])
         if num_drafts is not None:
             self._least_wider = 2
-            self._count_probe(num_drafts)
+            self._count_probe(num_drafts, num_rounds)
 
-    def _count_probe(self, num_drafts: int) -> None:
+    def _count_probe(self, num_drafts: int, num_rounds: int) -> None:
         """A step, whose rounds are known."""
+        self._rounds_per_step = num_rounds
         if self._probe is not None and num_drafts > self._probe.more_than:
             self._probe.num_steps += 1
+            self._probe.num_rounds += num_rounds
 
     def observe_round(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
         """A row had its drafts verified. `num_drafts` is what it was asked for, min(K, its limit), even if less was proposed.
@@ -249,7 +266,7 @@ class DraftController:
         least = 2 if chosen < best else self._least_wider
         length = min(max(int(seconds[best] / price), least), self.MAX_LENGTH) if for_cost else 1
         wait = min(self._interval, length * price / (self.BACKED_OFF_SHARE * seconds[best]))
-        if length * price > self._budget or self._steps_since_probe < wait:
+        if length * self._rounds_per_step * price > self._budget or self._steps_since_probe < wait:
             return best, 0, 0.0
         return chosen, length, price
 
@@ -267,8 +284,8 @@ class DraftController:
         probe.age += 1
         if probe.num_steps >= probe.length:
             self._probe = None
-            gain = probe.num_accepted - probe.num_steps * probe.num_needed
-            self._budget += probe.num_steps * probe.price + gain * probe.seconds_per_token
+            gain = probe.num_accepted - probe.num_rounds * probe.num_needed
+            self._budget += probe.paid + gain * probe.seconds_per_token
             if gain >= 0.0:
                 self._interval = max(self._interval // 2, self.MIN_INTERVAL)
                 self._steps_since_probe = self.MAX_INTERVAL

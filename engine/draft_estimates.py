@@ -186,6 +186,8 @@ class StepCosts:
     STALE_AFTER = 512
     # Times its estimate, beyond which a cell is taken to be wrong: noise stays below.
     CONTRADICTED = 1.1
+    # Of the usual step's cost, the change that others do not follow yet.
+    UNNOTICED = 0.01
     # What each draft adds to a step until something was measured, as a fraction of a step without drafts.
     ASSUMED_PER_DRAFT = 0.1
 
@@ -202,6 +204,8 @@ class StepCosts:
         # What most steps are of late, its samples since then, and those of others since its last.
         self._usual: tuple[int, int] | None = None
         self._num_usual = self._num_unusual = 0
+        # What the usual step took as the others were made to follow it last.
+        self._followed: float | None = None
 
     @staticmethod
     def bucket(num_rows: int) -> int:
@@ -219,7 +223,7 @@ class StepCosts:
         if cell == last:
             self._add(cell, seconds)
             if known is not None and self._count_usual(cell):
-                self._scale_others(cell, (medians[arm] or known) / known)
+                self._follow(cell, known, medians[arm] or known)
         elif before == cell and last is not None and cell < last and known is not None:
             self._add(last, max(last_seconds + seconds - known, known))
         if not self._samples.get(cell):  # better than nothing, until there is one
@@ -240,20 +244,25 @@ class StepCosts:
             self._num_unusual += 1
             if self._num_unusual > self.WINDOW // 2:
                 self._usual, self._num_usual, self._num_unusual = cell, 0, 0
+                self._followed = None
         return cell == self._usual and self._num_usual > self.WINDOW
 
-    def _scale_others(self, cell: tuple[int, int], factor: float) -> None:
-        """What changes the cost of the usual step changes that of others alike."""
+    def _follow(self, cell: tuple[int, int], before: float, now: float) -> None:
+        """What changes the cost of the usual step, which was `before`, changes that of others alike."""
+        followed = before if self._followed is None else self._followed
+        if abs(now - followed) <= self.UNNOTICED * followed:
+            self._followed = followed
+            return
+        self._followed = now
         bucket, arm = cell
-        medians = self._medians[bucket]
-        if factor != 1.0:
-            for other, median in enumerate(medians):
-                if other != arm and median is not None:
-                    medians[other] = median * factor
-                    samples = self._samples.get((bucket, other))
-                    if samples:
-                        for idx in range(len(samples)):
-                            samples[idx] *= factor
+        medians, factor = self._medians[bucket], now / followed
+        for other, median in enumerate(medians):
+            if other != arm and median is not None:
+                medians[other] = median * factor
+                samples = self._samples.get((bucket, other))
+                if samples:
+                    for idx in range(len(samples)):
+                        samples[idx] *= factor
 
     def _add(self, cell: tuple[int, int], seconds: float) -> None:
         """One more sample of a cell."""

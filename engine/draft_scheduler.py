@@ -34,11 +34,11 @@ class DraftPolicy(Protocol):
         """For a step of these rows; `limits[i]` is the most drafts row i may have. One of the compiled numbers."""
         ...
 
-    def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
-        """A round took so long."""
+    def observe_step(self, num_rows: int, num_drafts: int, seconds: float, num_rounds: int = 1) -> None:
+        """A step of so many rounds took so long."""
         ...
 
-    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
+    def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
         """A step that `observe_step` is not told of, since it did more; None where that was prompts."""
         ...
 
@@ -66,10 +66,10 @@ class FixedDrafts:
     def choose(self, num_rows: int, rows: Sequence[Any], limits: Sequence[int]) -> int:
         return self._num_drafts if any(limits) else 0
 
-    def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+    def observe_step(self, num_rows: int, num_drafts: int, seconds: float, num_rounds: int = 1) -> None:
         pass
 
-    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
+    def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
         pass
 
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
@@ -148,9 +148,13 @@ class DraftScheduler:
         self._tile_size = tile_size
         self._max_tiles = max_tiles
         self.account = CatchUpAccount()
+        # Rounds so far: each brings a row a token at least, which a draft model lacks unless it drafts. Counted here and not for each
+        # row, which would cost time in every step without drafts.
+        self._num_rounds = 0
         # Of the step that is being planned: who is drafted for, and how many tiles each catches up with.
         self._ready: set[str] = set()
         self._num_tiles: dict[str, int] = {}
+        self._catch_ups: list[CatchUp] = []
 
     def begin_step(self, decoding: Iterable[Request], most_rows: int, *, may_draft: bool) -> int:
         """How many tokens to draft in a step whose decode rows are the first of `decoding`, which is looked at only where it matters."""
@@ -172,6 +176,11 @@ class DraftScheduler:
         # Rows that only catch up need no wider step.
         self.num_drafts = wanted if self._ready else 0
         return self.num_drafts
+
+    @property
+    def concerns_rows(self) -> bool:
+        """Whether a row of the step drafts or catches up: only then there is anything to do for each."""
+        return bool(self._ready or self._num_tiles)
 
     def _make_ready(self, request: Request, tiles_left: int) -> int:
         """Lets a row draft, or catch up first as far as there are tiles; how many are left."""
@@ -195,28 +204,32 @@ class DraftScheduler:
         request.num_drafted = 0
         if self._has_draft_cache:
             request.num_drafted = self._kv_cache.num_drafted(request, 0)
-        request.draft_lag = len(request.token_ids) - request.num_drafted
+        self._set_lag(request, len(request.token_ids) - request.num_drafted)
         request.is_catching_up = False
 
-    def planned(self, request: Request, num_drafts: int, num_steps: int) -> CatchUp | None:
-        """The request's row is part of the step, with so many drafts in each of its `num_steps` rounds. What has to be computed before.
+    def planned(self, request: Request, num_drafts: int, num_steps: int) -> None:
+        """The request's row is part of the step, with so many drafts in each of its `num_steps` rounds.
 
-        To be called before the tokens of the step count as in flight.
+        To be called before the tokens of the step count as in flight, and only where the step `concerns_rows`.
         """
         if not self._has_draft_cache:
-            return None
+            return
         num_tiles = self._num_tiles.get(request.request_id, 0)
-        catch_up = self._catch_up(request, num_tiles) if num_tiles else None
+        if num_tiles:
+            self._catch_ups.append(self._catch_up(request, num_tiles))
         if num_drafts:
-            assert request.draft_lag <= MAX_DRAFT_LAG, request
-            request.draft_lag = 2
-        else:
-            request.draft_lag += num_steps
-        return catch_up
+            assert self._lag(request) <= MAX_DRAFT_LAG, request
+            self._set_lag(request, 2 - num_steps)
+
+    def end_step(self, num_steps: int) -> list[CatchUp]:
+        """The step has rows, which are all planned, and `num_steps` rounds. What has to be computed before it."""
+        self._num_rounds += num_steps
+        catch_ups, self._catch_ups = self._catch_ups, []
+        return catch_ups
 
     def sampled(self, request: Request) -> None:
         """A prompt's end was computed, and brings a token."""
-        request.draft_lag += 1
+        request.drafted_until -= 1
 
     def _may_draft(self, request: Request) -> bool:
         """Whether the row needs no catching up, or may have it; who has begun comes to the end."""
@@ -225,11 +238,15 @@ class DraftScheduler:
 
     def _lag(self, request: Request) -> int:
         """At most so many of the newest tokens are missing in the draft model's cache; others may have filled shared blocks meanwhile."""
-        if request.draft_lag > MAX_DRAFT_LAG:
+        lag = self._num_rounds - request.drafted_until
+        if lag > MAX_DRAFT_LAG:
             start = self._kv_cache.num_drafted(request, request.num_drafted)
             if start > request.num_drafted:
                 self._advance(request, start)
-        return request.draft_lag
+        return lag
+
+    def _set_lag(self, request: Request, lag: int) -> None:
+        request.drafted_until = self._num_rounds - lag
 
     def _num_tiles_behind(self, request: Request) -> int:
         if not self._has_draft_cache or self._lag(request) <= MAX_DRAFT_LAG:
@@ -245,7 +262,7 @@ class DraftScheduler:
         self._advance(request, reached)
         request.is_catching_up = request.request_id not in self._ready
         if not request.is_catching_up:
-            request.draft_lag = 1
+            self._set_lag(request, 1)
         return CatchUp(request.slot, start, end + 1, num_tiles)
 
     def observe_step(self, step: SchedulerOutput, seconds: float, num_tokens: int) -> None:
@@ -256,9 +273,9 @@ class DraftScheduler:
             self.policy.observe_other_step(num_rows, None)
             return
         if step.catch_up:  # its cost is in the account, and in no round's
-            self.policy.observe_other_step(num_rows, step.num_drafts)
+            self.policy.observe_other_step(num_rows, step.num_drafts, step.num_decode_steps)
         else:
-            self.policy.observe_step(num_rows, step.num_drafts, seconds / step.num_decode_steps)
+            self.policy.observe_step(num_rows, step.num_drafts, seconds, step.num_decode_steps)
         plain_cost = self.policy.cost(num_rows, 0) if step.num_drafts or step.catch_up else None
         if plain_cost is not None:
             self.account.saved(num_tokens / num_rows * plain_cost - seconds)

@@ -217,7 +217,7 @@ class ModelRunner:
         sampled: list[list[int]] = np.asarray(output.sampled).tolist()  # [N, R x W + P (+ 2 x R)]
         num_emitted: list[list[int]] | None = None
         rounds: list[list[DraftRound]] = []
-        if self.step_config.drafter is not None:
+        if self.step_config.drafter is not None and not step.brings_known:
             num_emitted, rounds = _emitted(step, layout.shape, sampled)
         places = _places(step, layout, num_emitted)
         token_ids = [[sampled[n][column] for n, column in row] for row in places]
@@ -256,10 +256,7 @@ class ModelRunner:
 def _emitted(
     step: SchedulerOutput, shape: StepShape, sampled: list[list[int]]
 ) -> tuple[list[list[int]], list[list[DraftRound]]]:
-    """For each decode row, how many tokens each decode step brought it, and what came of its drafts.
-
-    A step without drafts counts too: what was accepted before it may have brought a row to its end.
-    """
+    """For each decode row, how many tokens each decode step brought it, and what came of its drafts."""
     num_rows, counts_at = len(step.decode), shape.decode_rows * shape.decode_width + shape.prefill_tiles
     drafts_at = counts_at + shape.decode_rows
     counts = [[one[counts_at + row] for one in sampled] for row in range(num_rows)]

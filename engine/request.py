@@ -39,7 +39,7 @@ class Request:
         "block_ids",
         "cache_salt",
         "draft_acceptance",
-        "draft_lag",
+        "drafted_until",
         "end_ids",
         "eos_token_ids",
         "first_scheduled_time",
@@ -98,9 +98,10 @@ class Request:
             max_drafts if params.num_speculative_tokens is None else min(max_drafts, params.num_speculative_tokens)
         )
         self.draft_acceptance: Any = None
-        # Leading tokens that the draft model's cache has at least, and how many of the newest it lacks at most.
+        # Leading tokens that the draft model's cache has at least, and the round, in the draft scheduler's count, after which it lacks
+        # one more of the newest with each at most.
         self.num_drafted = 0
-        self.draft_lag = 0
+        self.drafted_until = 0
         self.is_catching_up = False
         # Owned by the KV cache manager.
         self.block_ids: list[int] = []

@@ -229,11 +229,11 @@ class Scheduler:
 
         A row takes one token of the budget, however many steps the dispatch has: the budget bounds each of them.
         """
-        idx = 0
+        idx, drafts = 0, self.drafts
         running, num_steps = self.running, plan.num_decode_steps
-        if self.drafts is not None:
+        if drafts is not None:
             decoding = filter(_can_decode, running)
-            plan.num_drafts = self.drafts.begin_step(decoding, plan.tokens_left, may_draft=plan.may_draft)
+            plan.num_drafts = drafts.begin_step(decoding, plan.tokens_left, may_draft=plan.may_draft)
         while idx < len(running) and len(plan.decode) < plan.tokens_left:
             request = running[idx]
             idx += 1
@@ -244,10 +244,8 @@ class Scheduler:
             num_drafts = self._make_room(plan, request, num_steps)
             if num_drafts is None:
                 continue
-            if self.drafts is not None:
-                catch_up = self.drafts.planned(request, num_drafts, num_steps)
-                if catch_up is not None:
-                    plan.catch_up.append(catch_up)
+            if drafts is not None and drafts.concerns_rows:
+                drafts.planned(request, num_drafts, num_steps)
             # Each step brings a token at least, and every draft of it at most; the row has room for less near its end.
             num_tokens = min(num_steps * (1 + num_drafts), request.max_total_tokens - request.least_tokens)
             min_tokens = min(num_steps, request.max_total_tokens - request.most_tokens)
@@ -257,6 +255,8 @@ class Scheduler:
             row = DecodeRow(request.request_id, request.order[1], request.slot, end, num_tokens, min_tokens, num_drafts)
             plan.decode.append(row)
         plan.tokens_left -= len(plan.decode)
+        if drafts is not None and plan.decode:
+            plan.catch_up = drafts.end_step(num_steps)
 
     def _make_room(self, plan: StepPlan, request: Request, num_steps: int) -> int | None:
         """Gives a decode row the blocks that it may fill in `num_steps` steps; how many tokens may be drafted for it.

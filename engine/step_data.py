@@ -118,6 +118,14 @@ class SchedulerOutput:
     catch_up: list[CatchUp] = field(default_factory=list)
 
     @property
+    def brings_known(self) -> bool:
+        """Whether every row gets as many tokens as its `num_tokens` says.
+
+        Without drafts too it may get fewer: those of a step before, not read yet, may have brought it to its end.
+        """
+        return not self.num_drafts and all(row.min_tokens == row.num_tokens for row in self.decode)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens whose keys and values the step computes and keeps, at most."""
         return sum(row.num_tokens for row in self.decode) + sum(chunk.num_tokens for chunk in self.prefill)

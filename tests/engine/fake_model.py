@@ -364,10 +364,10 @@ class DraftsInTurn:
         assert num_rows == len(rows) == len(limits)
         return next(self._counts) if any(limits) else 0
 
-    def observe_step(self, num_rows: int, num_drafts: int, seconds: float) -> None:
+    def observe_step(self, num_rows: int, num_drafts: int, seconds: float, num_rounds: int = 1) -> None:
         pass
 
-    def observe_other_step(self, num_rows: int, num_drafts: int | None) -> None:
+    def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
         pass
 
     def observe_round(self, acceptance: None, num_drafts: int, num_accepted: int) -> None:

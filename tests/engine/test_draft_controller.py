@@ -90,8 +90,9 @@ class Device:
         moods: Sequence[float] = (1.0,),
         lateness: float = 0.0,
         catches_up: bool = False,
+        num_rounds: int = 1,
     ) -> None:
-        """`carried` of what a step costs is work that is done, and measured, during the next.
+        """A step is `num_rounds` rounds. `carried` of what a step costs is work that is done, and measured, during the next.
 
         With `catches_up` the first step with drafts after four without takes twice as long and is reported as one that did more.
         One step in five is seen to have ended `lateness` seconds late, by which the next looks shorter. `moods` are how many times as
@@ -106,6 +107,7 @@ class Device:
         self.carried_over = 0.0
         self.moods = moods
         self.catches_up, self.num_without = catches_up, 0
+        self.num_rounds = num_rounds
         self.lateness, self.late = lateness, 0.0
         self.mood, self.mood_left, self.mood_chance = 1.0, 0, random.Random(seed)
         self.rows = [self.controller.new_acceptance() for _ in range(num_rows)]
@@ -126,22 +128,25 @@ class Device:
         if not self.mood_left:
             self.mood, self.mood_left = self.mood_chance.choice(self.moods), self.mood_chance.randint(20, 400)
         self.mood_left -= 1
-        seconds = own * self.chance.uniform(0.95, 1.05) * slowdown * self.mood
+        seconds = self.num_rounds * own * self.chance.uniform(0.95, 1.05) * slowdown * self.mood
         late = self.lateness if self.mood_chance.random() < 0.2 else 0.0
         seconds, self.late = seconds + late - self.late, late
         asked = [min(num_drafts, limit) for limit in limits]
-        accepted = [self._draw(row, count) for row, count in zip(rates, asked, strict=True)]
+        accepted = [
+            [self._draw(row, count) for row, count in zip(rates, asked, strict=True)] for _ in range(self.num_rounds)
+        ]
 
         did_more = self.catches_up and num_drafts > 0 and self.num_without >= 4
         self.num_without = 0 if num_drafts else self.num_without + 1
 
         def observe() -> None:
-            for row, count, num_accepted in zip(rows, asked, accepted, strict=True):
-                self.controller.observe_round(row, count, num_accepted)
+            for in_round in accepted:
+                for row, count, num_accepted in zip(rows, asked, in_round, strict=True):
+                    self.controller.observe_round(row, count, num_accepted)
             if did_more:
-                self.controller.observe_other_step(num_rows, num_drafts)
+                self.controller.observe_other_step(num_rows, num_drafts, self.num_rounds)
             else:
-                self.controller.observe_step(num_rows, num_drafts, seconds)
+                self.controller.observe_step(num_rows, num_drafts, seconds, self.num_rounds)
 
         before, self.in_flight = self.in_flight, observe
         if before is not None:
@@ -211,14 +216,24 @@ def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_
     assert result.against_best <= 1.03
 
 
-@pytest.mark.parametrize("cost", [cheap, medium, by_token])
-@pytest.mark.parametrize(("num_rows", "most"), [(8, 1.03), (1, 1.04)])
-def test_a_source_that_seldom_proposes_is_used_where_it_pays(cost, num_rows, most):
-    """One row alone shows one success in ten rounds, so what is learned of it is uncertain for long."""
-    result = Device(num_rows, cost).run([[SELDOM] * num_rows], 4000)
-    assert result.against_best <= most
-    if cost is cheap:
-        assert result.against_none <= 0.9
+@pytest.mark.parametrize(
+    ("num_rows", "cost", "most", "gain"),
+    [
+        (8, cheap, 1.03, 0.2),
+        (8, medium, 1.03, 0.0),
+        (8, by_token, 1.03, 0.0),
+        (1, cheap, 1.04, 0.18),
+        (1, medium, 1.04, 0.0),
+        (1, by_token, 1.07, 0.07),
+    ],
+)
+def test_a_source_that_seldom_proposes_is_used_where_it_pays(num_rows, cost, most, gain):
+    """One row alone shows one success in ten rounds, so what is learned of it is uncertain for long: of the 14 % that it could gain where
+    drafts cost what `by_token` says, it gains half."""
+    results = [Device(num_rows, cost, seed=seed).run([[SELDOM] * num_rows], 4000) for seed in range(4)]
+    assert statistics.fmean(result.against_best for result in results) <= most
+    if gain:
+        assert statistics.fmean(result.against_none for result in results) <= 1 - gain
 
 
 @pytest.mark.parametrize("cost", [cheap, medium, by_token])
@@ -276,6 +291,17 @@ def test_what_slows_every_step_now_and_then_counts_for_nothing(rate, seed):
     cost, moods = (lambda num_rows, num_drafts: 0.001 * (1 + 0.3 * num_drafts)), (1.0, 1.3, 1.8)
     device = Device(8, cost, seed=seed, moods=moods, lateness=0.0005)
     assert device.run([[flat(rate)] * 8], 4000).against_best <= 1.03
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.3, 0.7])
+def test_several_rounds_in_a_step_are_judged_as_one_by_one(rate):
+    """What four rounds bring is four times what one does, and costs as much."""
+
+    def run(num_rounds: int) -> float:
+        devices = [Device(8, medium, seed=seed, num_rounds=num_rounds) for seed in range(2)]
+        return statistics.fmean(device.run([[flat(rate)] * 8], 2000).against_best for device in devices)
+
+    assert run(4) <= 1.025
 
 
 # ---- how soon
