@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import random
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -426,13 +427,22 @@ def test_the_fake_device_objects_to_a_wrong_cache(
 
 
 def test_a_step_of_a_thousand_requests_takes_milliseconds_and_grows_no_faster_than_their_number() -> None:
-    """Processor time, the best of several steps: 4.5 to 5.5 ms measured on a core that four other processes shared."""
+    """Processor time, the best of several: 5.5 to 6 ms measured where the yardstick, which knows how fast the processor is, took 3.5 ms."""
     best = {}
+    yardstick = min(_microseconds_to_fill_a_dict() for _ in range(10))
     for num_running in (100, 1000):
         scheduler = decoding_scheduler(num_running, 30)
         best[num_running] = min(sum(one_step(scheduler)) for _ in range(25))
-    assert best[1000] < 10_000
+        yardstick = max(yardstick, min(_microseconds_to_fill_a_dict() for _ in range(10)))
+    assert best[1000] < 3 * yardstick
     assert best[1000] < 20 * best[100]
+
+
+def _microseconds_to_fill_a_dict() -> float:
+    begin, rows = time.process_time(), {}
+    for idx in range(10_000):
+        rows[f"request {idx}"] = (idx, idx + 1, [idx])
+    return 1e6 * (time.process_time() - begin)
 
 
 def test_waiting_requests_cost_a_step_next_to_nothing() -> None:
