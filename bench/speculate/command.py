@@ -20,7 +20,7 @@ from quire.bench.peers.rounds import say
 from quire.bench.peers.shapes import SHAPES
 from quire.bench.speculate.chart import write_chart
 from quire.bench.speculate.contenders import NO_SPECULATION, Setup
-from quire.bench.speculate.forced import DRAFT_SHAPES, ForcedBackend, make_pair
+from quire.bench.speculate.forced import DRAFT_SHAPES, MAKERS, ForcedBackend, make_target
 from quire.bench.speculate.prompts import OPEN_ENDED, STRUCTURED, prompts_of, random_prompts
 from quire.bench.speculate.report import break_evens, differing, tables
 from quire.bench.speculate.rounds import Case, Record, Workload, run_case
@@ -67,7 +67,7 @@ def add_command(commands: Any) -> None:
         type=float,
         nargs="+",
         metavar="P",
-        help="take a random pair of models whose drafts are accepted with these probabilities, in the place of --model",
+        help="take a random target, and a random draft model or head, whose drafts are accepted with these probabilities",
     )
     parser.add_argument("--shape", choices=tuple(DRAFT_SHAPES), help="of the random target (default: llama-135m)")
     parser.add_argument(
@@ -138,8 +138,10 @@ def _fill_in(namespace: argparse.Namespace) -> None:
             raise InvalidConfigError(f"{name} must be at least 1, not {values}")
     if any(not 0.0 <= acceptance <= 1.0 for acceptance in namespace.acceptance or ()):
         raise InvalidConfigError(f"acceptance is a probability, from 0 to 1, not {namespace.acceptance}")
-    if is_forced and namespace.methods != ["draft_model"]:
-        raise InvalidConfigError("only the drafts of a draft model can be forced: leave out methods, or acceptance")
+    if is_forced and (others := set(namespace.methods) - MAKERS.keys()):
+        raise InvalidConfigError(
+            f"only the drafts of {' and '.join(MAKERS)} can be forced: leave {', '.join(others)} out, or acceptance"
+        )
     if given := sorted(set(OWN_SETTINGS) & set(engine_arguments(namespace))):
         raise InvalidConfigError(f"{', '.join(given)} cannot be given: the benchmark sets it for each engine")
 
@@ -170,10 +172,10 @@ def _forced(namespace: argparse.Namespace) -> tuple[Setup, Workload, list[Case]]
     arguments = engine_arguments(namespace)
     if arguments.get("tensor_parallel_size", 1) != 1:
         raise InvalidConfigError("acceptance is forced on one device only: leave out tensor_parallel_size")
-    target, draft = make_pair(namespace.shape)
-    vocab_size, hidden_size = SHAPES[namespace.shape].vocab_size, SHAPES[namespace.shape].hidden_size
+    target, shape = make_target(namespace.shape), SHAPES[namespace.shape]
+    draft_models = {method: str(MAKERS[method](target)) for method in namespace.methods}
     acceptances = tuple(namespace.acceptance)
-    prompts = random_prompts(max(namespace.batch_sizes), FORCED_PROMPT_LEN, vocab_size)
+    prompts = random_prompts(max(namespace.batch_sizes), FORCED_PROMPT_LEN, shape.vocab_size)
     workload = Workload({FORCED: prompts}, namespace.max_tokens, acceptances)
     cases = [
         Case(FORCED, batch_size, temperature, acceptance)
@@ -186,9 +188,9 @@ def _forced(namespace: argparse.Namespace) -> tuple[Setup, Workload, list[Case]]
         emulate=device.emulate, runtime=device.neuron_runtime, logical_cores=device.neuron_logical_cores
     )
     backend = ForcedBackend(
-        select_backend(device.device, 1, neuron), acceptances, lambda config: config.hidden_size != hidden_size
+        select_backend(device.device, 1, neuron), acceptances, lambda config: config.num_layers != shape.num_layers
     )
-    return _setup(namespace, str(target), {"draft_model": str(draft)}, workload, backend), workload, cases
+    return _setup(namespace, str(target), draft_models, workload, backend), workload, cases
 
 
 def _setup(

@@ -1,4 +1,4 @@
-"""A pair of random models whose drafts are accepted as often as wanted: both compute everything, and their tokens are replaced.
+"""Random models whose drafts are accepted as often as wanted: all compute everything, and their tokens are replaced.
 
 What speculation gains hangs on how often drafts are accepted, which random weights do not decide in any useful way. So the sampler of
 each model is wrapped: it samples for real, and what it gives is replaced by a token that a hash of the request's key and the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,11 @@ from quire.kernels.ops import Ops
 from quire.kernels.sampling.contract import Sample
 from quire.kernels.sampling.noise import position_key, seed_key, token_bits
 from quire.kernels.sampling.rows import SampleOutput, SamplingMode, SamplingRows
+from quire.models.checkpoint import SINGLE_FILE
 from quire.models.config import ModelConfig
+from quire.models.eagle import default_captured_layers, init_eagle_params
+from quire.models.registry import load_config
+from quire.models.training.export import export_head, head_config, hf_head_config
 
 TARGET_HASH, DRAFT_HASH = 0, 1
 DRAFT_SHAPES = {
@@ -36,11 +41,40 @@ DRAFT_SHAPES = {
 """About a tenth of the parameters of each target, of the same vocabulary."""
 
 
-def make_pair(shape_name: str, folder: Path | None = None) -> tuple[Path, Path]:
-    """The checkpoints of a target and its draft model, made unless they are there already."""
+def make_target(shape_name: str, folder: Path | None = None) -> Path:
+    """The checkpoint of a target, made unless it is there already."""
     folder = folder or cache_folder() / "speculate"
-    target = make_checkpoint(SHAPES[shape_name], folder / shape_name)
-    return target, make_checkpoint(DRAFT_SHAPES[shape_name], folder / f"{shape_name}-draft", seed=1)
+    return make_checkpoint(SHAPES[shape_name], folder / shape_name)
+
+
+def make_draft_model(target: Path) -> Path:
+    """The checkpoint of a draft model for `make_target`'s, beside it."""
+    return make_checkpoint(DRAFT_SHAPES[target.name], target.with_name(f"{target.name}-draft"), seed=1)
+
+
+def make_head(target: Path) -> Path:
+    """The checkpoint of an EAGLE-3 head for `make_target`'s, beside it: as wide as the target, its vocabulary every fourth token."""
+    shape, folder = SHAPES[target.name], target.with_name(f"{target.name}-head")
+    width = {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+    }
+    layers = (min(max(idx, 0), shape.num_layers - 1) for idx in default_captured_layers(shape.num_layers))
+    target_raw = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    raw = hf_head_config(width, target_raw, shape.vocab_size // 4, tuple(sorted(set(layers))))
+    is_there = (folder / SINGLE_FILE).is_file() and json.loads((folder / "config.json").read_text()) == raw
+    if not is_there:
+        config = head_config(raw, load_config(target))
+        ids = np.arange(config.draft_vocab_size) * shape.vocab_size // config.draft_vocab_size
+        export_head(folder, init_eagle_params(config, 1, np.float32), config, raw, ids)
+    return folder
+
+
+MAKERS = {"draft_model": make_draft_model, "eagle3": make_head}
+"""By method, what makes that which drafts."""
 
 
 def seeds_of(acceptance_idx: int, num_acceptances: int, count: int) -> list[int]:
@@ -96,7 +130,7 @@ class ForcedBackend(WrappedBackend):
     """A backend whose models sample what `ForcedSample` says. Everything else is the backend's own."""
 
     def __init__(self, backend: Backend, acceptances: Sequence[float], is_draft: Callable[[ModelConfig], bool]) -> None:
-        """`is_draft` tells the draft model's config from the target's."""
+        """`is_draft` tells the config of what drafts from the target's."""
         super().__init__(backend)
         self._acceptances = tuple(acceptances)
         self._is_draft = is_draft

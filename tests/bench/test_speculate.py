@@ -185,12 +185,15 @@ def test_differing_tokens_fail_the_command_in_float32(tmp_path: Path, capsys, dt
 # ---- the command
 
 
-def test_a_forced_pair_accepts_what_was_asked_for_and_both_rounds_give_the_same_tokens(tmp_path: Path, capsys):
-    flags = "--quick --acceptance 0.3 0.9 --batch-sizes 1 8 --max-tokens 48 --rounds 2 --unfused --json"
-    command = ["bench", "speculate", *flags.split()]
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_forced_drafts_are_accepted_as_often_as_asked_for_and_both_rounds_give_the_same_tokens(
+    method: str, tmp_path: Path, capsys
+):
+    flags = f"--quick --acceptance 0.3 0.9 --methods {method} --batch-sizes 1 8 --max-tokens 48 --rounds 2 --unfused"
+    command = ["bench", "speculate", "--json", *flags.split()]
     assert main([*command, "--plot", str(tmp_path / "forced.png")]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    fixed = [record for record in records if record["name"] == "draft_model K=2" and "ratio" in record]
+    fixed = [record for record in records if record["name"] == f"{method} K=2" and "ratio" in record]
     for record in fixed:
         if record["batch_size"] == 8:
             wanted = record["acceptance"]
@@ -218,7 +221,7 @@ def test_text_is_measured_with_and_without_speculation(tmp_path: Path, capsys):
     ("arguments", "message"),
     [
         ("--acceptance 1.5", "a probability"),
-        ("--acceptance 0.5 --methods ngram", "only the drafts of a draft model can be forced"),
+        ("--acceptance 0.5 --methods ngram", "only the drafts of draft_model and eagle3 can be forced"),
         ("--batch-sizes 0 1", "batch_sizes must be at least 1"),
         ("--max-num-seqs 4", "max_num_seqs cannot be given"),
         ("--plot /nowhere/at/all.png", "is not a folder"),
