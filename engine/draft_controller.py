@@ -62,9 +62,9 @@ class DraftController:
     each the same share. New requests change nothing in this: they begin at the engine's rate and are probed with the rest.
     """
 
-    EXPLORATION_SHARE = 0.02
+    EXPLORATION_SHARE = 0.015
     # Cheap probes are not held back to MAX_INTERVAL: this share of the time may go to them in any case.
-    BACKED_OFF_SHARE = 0.01
+    BACKED_OFF_SHARE = 0.0075
     # The budget saves no more than the share of so many steps.
     MAX_SAVED_STEPS = 512
     # In steps.
