@@ -34,12 +34,14 @@ class Contender:
     method: str
     num_drafts: int | None
     llm: LLM
+    is_control: bool = False
+    """Whether it is there only to show how far the same engine is from itself."""
 
     @property
     def name(self) -> str:
         """For people, and to find its records by."""
         if self.method == NO_SPECULATION:
-            return self.method
+            return f"{self.method} again" if self.is_control else self.method
         return f"{self.method} {'adaptive' if self.num_drafts is None else f'K={self.num_drafts}'}"
 
     def new_experience(self) -> Experience | None:
@@ -80,14 +82,14 @@ class Setup:
         return {**config, "model": self.draft_models[method]} if method in self.draft_models else config
 
     def make(self, say: Callable[[str], None]) -> list[Contender]:
-        """Loads and compiles every engine that is needed; the first contender is the one without speculation."""
+        """Loads and compiles every engine that is needed; the first contender is the one without speculation, the second its control."""
 
         def engine(config: dict[str, Any] | None) -> LLM:
             say(f"starting {self.model}, {'no speculation' if config is None else config}")
             return LLM(self.model, backend=self.backend, speculative_config=config, **self.arguments)
 
         plain = engine(None)
-        found = [Contender(NO_SPECULATION, 0, plain)]
+        found = [Contender(NO_SPECULATION, 0, plain), Contender(NO_SPECULATION, 0, plain, is_control=True)]
         most = plain.core.capabilities.num_draft_counts
         for method in self.methods:
             for idx, counts in enumerate(shared_engines(self.draft_counts, most)):

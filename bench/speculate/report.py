@@ -143,7 +143,7 @@ def _group_table(group: Group, records: Sequence[Record]) -> str:
                 str(record["batch_size"]),
                 record["name"],
                 _figure(record["tokens_per_s"], ".4g"),
-                _figure(record["ratio"], ".2f") if speculates else "",
+                _figure(record["ratio"], ".2f") if record["name"] != NO_SPECULATION else "",
                 f"{record['tokens_per_round']:.2f}" if speculates else "",
                 f"{record['drafts_per_round']:.2f}" if speculates else "",
                 str(record["rounds"]) if speculates else "",
@@ -185,7 +185,8 @@ def _notes(records: Sequence[Record]) -> str:
     num_rounds = [record[key]["num_rounds"] for record in records for key in ("ratio", "fused_ms") if key in record]
     if num_rounds:
         lines.append(
-            f"* medians of {min(num_rounds)} interleaved rounds (lowest..highest); ratios are taken round by round"
+            f"* medians of {min(num_rounds)} interleaved rounds (lowest..highest); ratios are taken round by round; "
+            "'none again' is the same engine as 'none', and shows what the machine alone makes of a ratio"
         )
         lines.append(
             "* rounds: of all rows, those with drafts; accepted per position: of those that drafted so far, the share that accepted so far"

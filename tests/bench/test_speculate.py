@@ -212,7 +212,13 @@ def test_text_is_measured_with_and_without_speculation(tmp_path: Path, capsys):
     command = ["bench", "speculate", *flags.split()]
     assert main([*command, "--plot", str(tmp_path / "text.png")]) == 0
     table = capsys.readouterr().out
-    for text in ("structured, temperature 0", "ngram K=2", "ngram adaptive", "batch size at which it breaks even"):
+    for text in (
+        "structured, temperature 0",
+        "none again",
+        "ngram K=2",
+        "ngram adaptive",
+        "batch size at which it breaks even",
+    ):
         assert text in table
     assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
 
