@@ -37,10 +37,14 @@ def expected() -> list[list[list[int]]]:
 @pytest.mark.parametrize(
     ("num_cores", "settings"),
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (2, {}),
         (1, {"num_kv_blocks": 14, "block_size": 16, "decode_steps_per_dispatch": 2}),
-        (2, {"enable_prefix_caching": False, "async_scheduling": False, "sampling": "full"}),
+        pytest.param(
+            2,
+            {"enable_prefix_caching": False, "async_scheduling": False, "sampling": "full"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one", "two", "one_small_cache", "two_synchronous"],
 )

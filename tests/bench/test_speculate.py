@@ -185,7 +185,7 @@ def test_differing_tokens_fail_the_command_in_float32(tmp_path: Path, capsys, dt
 # ---- the command
 
 
-@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+@pytest.mark.parametrize("method", [pytest.param("draft_model", marks=pytest.mark.slow), "eagle3"])
 def test_forced_drafts_are_accepted_as_often_as_asked_for_and_both_rounds_give_the_same_tokens(
     method: str, tmp_path: Path, capsys
 ):

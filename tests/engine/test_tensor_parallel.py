@@ -54,7 +54,13 @@ SLOW_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each case starts two to four engines, which takes a minute on two slow cores: the others run with the slow tests.
+FAST_CASES = ("fewer key/value heads than devices", "kernels of the TPU")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST_CASES else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_tensor_parallel_equals_one_device(name: str) -> None:
     assert_equal_to_the_first(CASES[name])
 
