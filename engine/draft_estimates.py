@@ -269,9 +269,12 @@ class StepCosts:
         bucket, arm = cell
         samples, medians = self._samples.setdefault(cell, deque(maxlen=self.WINDOW)), self._medians[bucket]
         median = medians[arm]
-        if samples and median is not None and self.age(bucket, arm) > self.STALE_AFTER:
-            samples.clear()
-            samples.append(median)
+        if samples and median is not None:
+            if any(more is not None and median > self.CONTRADICTED * more for more in medians[arm + 1 :]):
+                samples.clear()  # taken in a bad moment: nothing to average with
+            elif self.age(bucket, arm) > self.STALE_AFTER:
+                samples.clear()
+                samples.append(median)
         samples.append(seconds)
         self._measured_at[cell] = self._num_steps
         medians[arm] = sorted(samples)[(len(samples) - 1) // 2]
