@@ -57,13 +57,15 @@ class DraftController:
       above what more drafts cost: then the machine was slower when it was measured. What was best before is measured again sooner:
       if it only looked worse in a bad moment, that is found out.
 
-    Each probe is paid from a budget, `EXPLORATION_SHARE` of the time served: the time by which it is expected to fall behind the
-    best K, corrected once its tokens are known. Among several, the one is taken for which age by price is largest, which gives
-    each the same share. New requests change nothing in this: they begin at the engine's rate and are probed with the rest.
+    Each probe is paid from a budget, `EXPLORATION_SHARE` of the time served, `BACKED_OFF_SHARE` while they fail: the time by which it
+    is expected to fall behind the best K, corrected once its tokens are known. Among several, the one is taken for which age by price
+    is largest, which gives each the same share. New requests change nothing in this: they begin at the engine's rate and are probed
+    with the rest.
     """
 
     EXPLORATION_SHARE = 0.015
-    # Cheap probes are not held back to MAX_INTERVAL: this share of the time may go to them in any case.
+    # What is saved for probes once those that failed are MAX_INTERVAL apart. Cheap ones are not held back to that: so much of the time
+    # may go to them in any case.
     BACKED_OFF_SHARE = 0.0075
     # The budget saves no more than the share of so many steps.
     MAX_SAVED_STEPS = 512
