@@ -138,7 +138,7 @@ def _fill_in(namespace: argparse.Namespace) -> None:
             raise InvalidConfigError(f"{name} must be at least 1, not {values}")
     if any(not 0.0 <= acceptance <= 1.0 for acceptance in namespace.acceptance or ()):
         raise InvalidConfigError(f"acceptance is a probability, from 0 to 1, not {namespace.acceptance}")
-    if is_forced and (others := set(namespace.methods) - MAKERS.keys()):
+    if is_forced and (others := sorted(set(namespace.methods) - MAKERS.keys())):
         raise InvalidConfigError(
             f"only the drafts of {' and '.join(MAKERS)} can be forced: leave {', '.join(others)} out, or acceptance"
         )
