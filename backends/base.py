@@ -60,6 +60,8 @@ class Capabilities:
     """How many different numbers of drafts are compiled, where the engine may choose among them."""
     keeps_compiled: bool = False
     """Whether its compiler keeps what it made by itself, so that jax's own cache of programs stays out of it."""
+    has_host_memory: bool = False
+    """Whether its memory is the host's, which reads results where they lie: to have them sent ahead would only cost time."""
     min_layout_tile: tuple[int, int] = (1, 1)
     """The device's memory pads the last two axes of an array to multiples of these, the first of them at most."""
 

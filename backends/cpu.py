@@ -57,6 +57,7 @@ class CpuBackend:
             memory_utilization=0.5,
             # The compiler releases the GIL and uses several cores by itself; two at once keep them busy while the third is traced.
             max_compile_threads=2,
+            has_host_memory=True,
         )
 
     def make_mesh(self, tensor_parallel_size: int) -> jax.sharding.Mesh:

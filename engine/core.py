@@ -133,6 +133,24 @@ class EngineCore:
                 self._in_flight.append(self.runner.execute(scheduled))
         if not self._in_flight or (scheduled is not None and len(self._in_flight) <= self._max_in_flight):
             return []
+        return self._read_oldest()
+
+    def drain(self) -> list[EngineCoreOutput]:
+        """Waits for what is in flight, launching nothing, and gives what it brought: the device is idle then, whoever waits or runs.
+
+        For those who give the machine to something else for a while; the next step goes on as if there had been no pause.
+        """
+        self._check_alive()
+        outputs: list[EngineCoreOutput] = []
+        try:
+            while self._in_flight:
+                outputs += self._read_oldest()
+        except BaseException as error:
+            self._dead = error
+            raise
+        return outputs
+
+    def _read_oldest(self) -> list[EngineCoreOutput]:
         dispatched = self._in_flight.popleft()
         with self.seconds.measure("wait"):
             self.runner.wait(dispatched)
@@ -142,8 +160,7 @@ class EngineCore:
         with self.seconds.measure("update"):
             outputs = self.scheduler.update_from_output(dispatched.step, self.runner.read(dispatched))
         if self.scheduler.drafts is not None:
-            num_tokens = sum(len(output.new_token_ids) for output in outputs)
-            self.scheduler.drafts.observe_step(dispatched.step, seconds, num_tokens)
+            self.scheduler.drafts.observe_step(dispatched.step, seconds, outputs)
         return outputs
 
     def _seconds_of(self, dispatched: Launched) -> float:

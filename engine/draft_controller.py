@@ -76,8 +76,9 @@ class DraftController:
     # After a change of what is best, for what was best before; doubles with each measurement.
     MIN_CHECK = 16
     # After a choice of no drafts, steps for which it holds unseen: on small models the host's time to choose counts, and what led to it
-    # changes slowly.
+    # changes slowly. Longer where no probe can be due before, unless the batch changes.
     REST = 7
+    LONGEST_REST = 15
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 16
     # Steps of a second trial, and of a probe for cost where these are cheap: the first after a change are slower than those that follow.
@@ -104,6 +105,9 @@ class DraftController:
         self._hold = (0, 0)
         # Of the last step.
         self._rounds_per_step = 1
+        # Seconds of the steps without drafts that nobody has looked at yet, and what they have in common: rows and rounds.
+        self._unseen: list[float] = []
+        self._unseen_kind = (0, 0)
         # Steps of a probe for the cost of more drafts: two where the first has to catch up, which says nothing of the cost.
         self._least_wider = 1
 
@@ -125,6 +129,7 @@ class DraftController:
         `num_rows` is the number of rows that the step's cost is known by, as `observe_step` is given it. The result is at most
         the largest limit. A row for which the host knows that there is no proposal has limit 0.
         """
+        self._look_back()
         most = max(limits, default=0)
         num_arms = sum(count <= most for count in self.draft_counts)
         if num_arms <= 1:
@@ -143,9 +148,9 @@ class DraftController:
         if arm is None:
             self._judge_probe()
             self._steps_since_probe += 1
-            arm = best
+            arm, due = best, 0.0
             if self._probe is None and self._budget > 0.0:
-                arm, length, price = self._pick_probe(bucket, best, tokens, seconds, sum(limits))
+                arm, length, price, due = self._pick_probe(bucket, best, tokens, seconds, sum(limits))
                 paid = length * self._rounds_per_step * price
                 if arm != best:
                     self._hold = (arm, length - 1)
@@ -157,7 +162,7 @@ class DraftController:
                     num_needed = rates[best] * seconds[arm] - len(rows) - self._accepted_anyway(best, rows, limits)
                     self._probe = _Probe(self.draft_counts[best], length, num_needed, paid, 1 / rates[best])
             if arm == 0 == best and self._probe is None:
-                self._rest = self.REST
+                self._rest = min(max(int(due) // 2, self.REST), self.LONGEST_REST)
         return self.draft_counts[arm]
 
     def _held(self, num_arms: int) -> int | None:
@@ -173,11 +178,36 @@ class DraftController:
 
         Steps that also computed prompts are not comparable and are not reported.
         """
-        cost = self._costs.observe(num_rows, self._arms[num_drafts], seconds / num_rounds)
+        kind = (num_rows, num_rounds)
+        if kind != self._unseen_kind:
+            self._rest = min(self._rest, self.REST)
+        if num_drafts or kind != self._unseen_kind or len(self._unseen) > self.LONGEST_REST:
+            self._look_back()
+        self._unseen_kind = kind
+        if num_drafts:
+            self._look_at(num_rows, num_drafts, num_rounds, [seconds])
+        else:
+            self._unseen.append(seconds)
+
+    @property
+    def _share(self) -> float:
+        """Of the time, what is saved for probes now."""
+        return self.EXPLORATION_SHARE if self._interval < self.MAX_INTERVAL else self.BACKED_OFF_SHARE
+
+    def _look_back(self) -> None:
+        """At the steps without drafts since it was last called: small models lose more by a look at each than by one at several."""
+        if self._unseen:
+            seconds, self._unseen = self._unseen, []
+            self._look_at(self._unseen_kind[0], 0, self._unseen_kind[1], seconds)
+
+    def _look_at(self, num_rows: int, num_drafts: int, num_rounds: int, steps: Sequence[float]) -> None:
+        """Steps alike, that followed each other, by their seconds."""
+        arm, cost = self._arms[num_drafts], 0.0
+        for seconds in self._costs.worth_a_look(steps):
+            cost = num_rounds * self._costs.observe(num_rows, arm, seconds / num_rounds)
+        saved = self._budget + self._share * len(steps) * cost
+        self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
         self._count_probe(num_drafts, num_rounds)
-        share = self.EXPLORATION_SHARE if self._interval < self.MAX_INTERVAL else self.BACKED_OFF_SHARE
-        saved = self._budget + share * num_rounds * cost
-        self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * num_rounds * cost)
         self._curve.refresh()
 
     def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
@@ -185,6 +215,8 @@ class DraftController:
 
         What the host does for prompts may be seen in the next step.
         """
+        self._look_back()
+        self._rest = min(self._rest, self.REST)
         self._costs.interrupt(num_rows, None if num_drafts is None else self._arms[num_drafts])
         if num_drafts is not None:
             self._least_wider = 2
@@ -211,6 +243,7 @@ class DraftController:
 
     def cost(self, num_rows: int, num_drafts: int) -> float | None:
         """Learned seconds of a decode step, None where none was measured."""
+        self._look_back()
         return self._costs.measured(self._costs.bucket(num_rows))[self._arms[num_drafts]]
 
     def _expected_tokens(self, num_arms: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> list[float]:
@@ -246,8 +279,11 @@ class DraftController:
 
     def _pick_probe(
         self, bucket: int, best: int, tokens: Sequence[float], seconds: Sequence[float], sum_limits: int
-    ) -> tuple[int, int, float]:
-        """The probe that is due and can be paid: arm, length, and price of a step in seconds; `best`, 0 and 0 if there is none."""
+    ) -> tuple[int, int, float, float]:
+        """The probe that is due and can be paid: arm, length, price of a step in seconds, and 0.
+
+        If there is none `best`, 0, 0 and in how many steps there may be one.
+        """
         best_rate = tokens[best] / seconds[best]
         chosen, price, highest_score, for_cost = best, 0.0, 0.0, False
         for arm, count in enumerate(self.draft_counts[: len(tokens)]):
@@ -263,14 +299,14 @@ class DraftController:
                 if score > highest_score:
                     chosen, price, highest_score, for_cost = arm, loss, score, is_old
         if chosen == best:
-            return best, 0, 0.0
+            return best, 0, 0.0, 0.0
         # Drafts are tested by one step, costs by those that follow their own kind: as many as cost no more than a step of the best.
         least = 2 if chosen < best else self._least_wider
         length = min(max(int(seconds[best] / price), least), self.MAX_LENGTH) if for_cost else 1
         wait = min(self._interval, length * price / (self.BACKED_OFF_SHARE * seconds[best]))
-        if length * self._rounds_per_step * price > self._budget or self._steps_since_probe < wait:
-            return best, 0, 0.0
-        return chosen, length, price
+        steps_to_save = (length * price - self._budget / self._rounds_per_step) / (self._share * seconds[best])
+        due = max(steps_to_save, wait - self._steps_since_probe)
+        return (best, 0, 0.0, due) if due > 0.0 else (chosen, length, price, 0.0)
 
     def _accepted_anyway(self, best: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> float:
         """Drafts expected to be accepted of rows whose limits a wider step than the best does not reach."""

@@ -212,6 +212,12 @@ class StepCosts:
         """Buckets end at powers of two: 1, 2, 3 to 4, 5 to 8 rows and so on are 0, 1, 2, 3."""
         return max(num_rows - 1, 0).bit_length()
 
+    def worth_a_look(self, steps: Sequence[float]) -> Sequence[float]:
+        """Of steps alike, that followed each other, those that have to be observed; the others only count."""
+        num_passed_over = max(len(steps) - 1 - self.WINDOW, 0)
+        self._num_steps += num_passed_over
+        return [steps[0], *steps[1 + num_passed_over :]]
+
     def observe(self, num_rows: int, arm: int, seconds: float) -> float:
         """A step with `draft_counts[arm]` drafts took so long; returns what such a step is now taken to cost."""
         self._num_steps += 1

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from quire.engine.kv_cache_manager import KVCacheManager
 from quire.engine.request import Request
-from quire.engine.step_data import CatchUp, DraftRound, SchedulerOutput
+from quire.engine.step_data import CatchUp, DraftRound, EngineCoreOutput, SchedulerOutput
 
 MAX_DRAFT_LAG = 4
 """Newest tokens of a row that its draft model takes in as it begins to draft: after a round that was accepted as a whole there are two,
@@ -158,8 +158,9 @@ class DraftScheduler:
 
     def begin_step(self, decoding: Iterable[Request], most_rows: int, *, may_draft: bool) -> int:
         """How many tokens to draft in a step whose decode rows are the first of `decoding`, which is looked at only where it matters."""
-        self._ready.clear()
-        self._num_tiles.clear()
+        if self.concerns_rows:
+            self._ready.clear()
+            self._num_tiles.clear()
         self.num_drafts = 0
         if not may_draft or self.policy.rests():
             return 0
@@ -265,8 +266,8 @@ class DraftScheduler:
             self._set_lag(request, 1)
         return CatchUp(request.slot, start, end + 1, num_tiles)
 
-    def observe_step(self, step: SchedulerOutput, seconds: float, num_tokens: int) -> None:
-        """A step took so long, catching up included, and brought so many tokens."""
+    def observe_step(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
+        """A step took so long, catching up included, and brought this."""
         self.account.served(seconds)
         num_rows = len(step.decode)
         if step.prefill:
@@ -278,6 +279,7 @@ class DraftScheduler:
             self.policy.observe_step(num_rows, step.num_drafts, seconds, step.num_decode_steps)
         plain_cost = self.policy.cost(num_rows, 0) if step.num_drafts or step.catch_up else None
         if plain_cost is not None:
+            num_tokens = sum(len(output.new_token_ids) for output in outputs)
             self.account.saved(num_tokens / num_rows * plain_cost - seconds)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:

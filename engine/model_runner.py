@@ -188,7 +188,8 @@ class ModelRunner:
             shape, catch_up = self._batch.build_catch_up(step)
             self._run(shape, catch_up)
         output = self._run(layout.shape, inputs)
-        jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
+        if not self._plan.backend.capabilities.has_host_memory:
+            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), output)
         self.counters.num_real_tokens += step.num_tokens
         if not self._plan.ops.is_padding_free:
             self.counters.num_padding_tokens += layout.shape.num_tokens * step.num_decode_steps - step.num_tokens

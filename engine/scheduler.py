@@ -234,6 +234,7 @@ class Scheduler:
         if drafts is not None:
             decoding = filter(_can_decode, running)
             plan.num_drafts = drafts.begin_step(decoding, plan.tokens_left, may_draft=plan.may_draft)
+            drafts = drafts if drafts.concerns_rows else None
         while idx < len(running) and len(plan.decode) < plan.tokens_left:
             request = running[idx]
             idx += 1
@@ -244,7 +245,7 @@ class Scheduler:
             num_drafts = self._make_room(plan, request, num_steps)
             if num_drafts is None:
                 continue
-            if drafts is not None and drafts.concerns_rows:
+            if drafts is not None:
                 drafts.planned(request, num_drafts, num_steps)
             # Each step brings a token at least, and every draft of it at most; the row has room for less near its end.
             num_tokens = min(num_steps * (1 + num_drafts), request.max_total_tokens - request.least_tokens)
@@ -255,8 +256,8 @@ class Scheduler:
             row = DecodeRow(request.request_id, request.order[1], request.slot, end, num_tokens, min_tokens, num_drafts)
             plan.decode.append(row)
         plan.tokens_left -= len(plan.decode)
-        if drafts is not None and plan.decode:
-            plan.catch_up = drafts.end_step(num_steps)
+        if self.drafts is not None and plan.decode:
+            plan.catch_up = self.drafts.end_step(num_steps)
 
     def _make_room(self, plan: StepPlan, request: Request, num_steps: int) -> int | None:
         """Gives a decode row the blocks that it may fill in `num_steps` steps; how many tokens may be drafted for it.

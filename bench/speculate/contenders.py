@@ -35,7 +35,7 @@ class Contender:
     num_drafts: int | None
     llm: LLM
     is_control: bool = False
-    """Whether it is there only to show how far the same engine is from itself."""
+    """Whether it is there only to show how far an engine is from another one like it."""
 
     @property
     def name(self) -> str:
@@ -88,8 +88,8 @@ class Setup:
             say(f"starting {self.model}, {'no speculation' if config is None else config}")
             return LLM(self.model, backend=self.backend, speculative_config=config, **self.arguments)
 
-        plain = engine(None)
-        found = [Contender(NO_SPECULATION, 0, plain), Contender(NO_SPECULATION, 0, plain, is_control=True)]
+        plain, again = engine(None), engine(None)
+        found = [Contender(NO_SPECULATION, 0, plain), Contender(NO_SPECULATION, 0, again, is_control=True)]
         most = plain.core.capabilities.num_draft_counts
         for method in self.methods:
             for idx, counts in enumerate(shared_engines(self.draft_counts, most)):

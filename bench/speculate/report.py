@@ -185,8 +185,8 @@ def _notes(records: Sequence[Record]) -> str:
     num_rounds = [record[key]["num_rounds"] for record in records for key in ("ratio", "fused_ms") if key in record]
     if num_rounds:
         lines.append(
-            f"* medians of {min(num_rounds)} interleaved rounds (lowest..highest); ratios are taken round by round; "
-            "'none again' is the same engine as 'none', and shows what the machine alone makes of a ratio"
+            f"* medians of {min(num_rounds)} rounds (lowest..highest), in each of which the two of a ratio serve in turns; "
+            "'none again' is another engine like 'none', and shows what the machine alone makes of a ratio"
         )
         lines.append(
             "* rounds: of all rows, those with drafts; accepted per position: of those that drafted so far, the share that accepted so far"

@@ -1,11 +1,13 @@
-"""The measurement: every contender once a round, on the same requests, so that all see the same moods of the machine."""
+"""The measurement: in a round each contender answers the same requests, in turns with the one that it is compared with."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 from quire.bench.peers.quiet import LoadMeter
@@ -14,7 +16,7 @@ from quire.bench.speculate.contenders import Contender
 from quire.bench.speculate.forced import seeds_of
 from quire.engine import LLM, SamplingParams
 from quire.engine.request import EngineCoreRequest
-from quire.engine.step_data import DraftRound
+from quire.engine.step_data import DraftRound, EngineCoreOutput
 
 Record = dict[str, Any]
 Tokens = list[list[int]]
@@ -22,6 +24,9 @@ Tokens = list[list[int]]
 
 NUM_LEARNING_STEPS = 1000
 """Of an adaptive contender, before it is measured: what is of interest is how it serves, not how it finds out what serves best."""
+
+TURN_SECONDS = 0.03
+TURN_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -92,31 +97,39 @@ class Run:
 def run_case(
     case: Case, contenders: Sequence[Contender], workload: Workload, num_rounds: int, say: Callable[[str], None]
 ) -> list[Record]:
-    """Measures a case: a record for each contender, the first of which is the one that the others are compared with."""
+    """Measures a case: a record for each contender, the first of which is the one that the others are compared with.
+
+    In each round every other contender serves the requests beside it, the two in turns.
+    """
+    base, *others = contenders
     experiences = {contender.name: contender.new_experience() for contender in contenders}
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    base_runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
 
-    def run_once(contender: Contender, round_idx: int) -> Run:
-        # Contenders may share an engine.
+    def serving(contender: Contender, round_idx: int) -> Serving:
+        # Contenders may share an engine, but for the first.
         contender.use(experiences[contender.name])
-        return run(contender.llm, *workload.requests(case, round_idx))
+        return Serving(contender.llm, *workload.requests(case, round_idx))
 
     for contender in contenders:
-        num_steps = run_once(contender, num_rounds).num_steps
+        num_steps = serving(contender, num_rounds).finish().num_steps
         while contender.num_drafts is None and num_steps < NUM_LEARNING_STEPS:
-            num_steps += run_once(contender, num_rounds).num_steps
+            num_steps += serving(contender, num_rounds).finish().num_steps
     load = OtherLoad()
     for idx in range(num_rounds):
-        # Nobody always follows the same one.
-        first = idx % len(contenders)
-        for contender in (*contenders[first:], *contenders[:first]):
-            runs[contender.name].append(run_once(contender, idx))
+        for contender in others:
+            pair = serving(base, idx), serving(contender, idx)
+            # Nobody always begins.
+            take_turns(pair if idx % 2 == 0 else pair[::-1])
+            base_runs[contender.name].append(pair[0].finish())
+            runs[contender.name].append(pair[1].finish())
+        runs[base.name].append(base_runs[others[0].name][-1])
+        base_runs[base.name].append(runs[base.name][-1])
     other_load = load.so_far()
     rates = ", ".join(
         f"{name} {statistics.median(one.tokens_per_s for one in found):.4g}" for name, found in runs.items()
     )
     say(f"{case.title}: {rates} tokens/s")
-    base = runs[contenders[0].name]
     return [
         {
             "benchmark": "speculate",
@@ -125,7 +138,7 @@ def run_case(
             "method": contender.method,
             "num_drafts": contender.num_drafts,
             "other_load": other_load,
-            **figures(runs[contender.name], base),
+            **figures(runs[contender.name], base_runs[contender.name]),
         }
         for contender in contenders
     ]
@@ -144,24 +157,62 @@ class OtherLoad:
         return None if now is None or self._begin is None else round(now.other_load(self._begin), 3)
 
 
-def run(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> Run:
-    """All requests at once; nothing is found in a cache."""
-    add_requests(llm, prompts, params)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    rounds: list[DraftRound] = []
-    measured: tuple[float, int, int] | None = None
-    begin_steps = llm.stats().num_steps
-    begin = time.perf_counter()
-    while llm.core.has_work:
-        outputs = llm.core.step()
+class Serving:
+    """An engine that answers the requests of a case, all there at once and none found in a cache, in as many turns as one likes."""
+
+    def __init__(self, llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> None:
+        add_requests(llm, prompts, params)
+        self._llm = llm
+        self._tokens: Tokens = [[] for _ in prompts]
+        self._rounds: list[DraftRound] = []
+        self._seconds = 0.0
+        self._begin_steps = llm.stats().num_steps
+        self._measured: tuple[float, int, int] | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a request has ended."""
+        return self._measured is not None
+
+    def take_turn(self, seconds: float, num_steps: int) -> None:
+        """Launches steps for so long and so many at least, unless a request ends before, and waits for the last of them."""
+        begin, so_far = time.perf_counter(), self._seconds
+        for idx in count(1):
+            is_last = idx > num_steps and self._seconds - so_far >= seconds
+            outputs = self._llm.core.drain() if is_last else self._llm.core.step()
+            self._seconds = so_far + time.perf_counter() - begin
+            self._take(outputs)
+            if is_last or self.is_measured:
+                break
+
+    def finish(self) -> Run:
+        """Serves what is left, and says what came of it all."""
+        while not self.is_measured:
+            self.take_turn(math.inf, 0)
+        while self._llm.core.has_work:
+            self._take(self._llm.core.step())
+        assert self._measured is not None
+        return Run(*self._measured, self._tokens, tuple(self._rounds))
+
+    def _take(self, outputs: Sequence[EngineCoreOutput]) -> None:
         for output in outputs:
-            tokens[int(output.request_id)] += output.new_token_ids
-            rounds += [one for one in output.rounds if one.num_drafts]
-        if measured is None and any(output.finish_reason is not None for output in outputs):
-            seconds = time.perf_counter() - begin
-            measured = (seconds, sum(map(len, tokens)), llm.stats().num_steps - begin_steps)
-    assert measured is not None, "no request ended"
-    return Run(*measured, tokens, tuple(rounds))
+            self._tokens[int(output.request_id)] += output.new_token_ids
+            self._rounds += [one for one in output.rounds if one.num_drafts]
+        if self._measured is None and any(output.finish_reason is not None for output in outputs):
+            num_steps = self._llm.stats().num_steps - self._begin_steps
+            self._measured = self._seconds, sum(map(len, self._tokens)), num_steps
+
+
+def take_turns(servings: Sequence[Serving]) -> None:
+    """Has them serve in turns until each is measured.
+
+    The machine's speed changes from one half second to the next by more than what is to be seen: turns are short beside that, and long
+    beside a step, since no step is launched during the last of a turn.
+    """
+    while not all(serving.is_measured for serving in servings):
+        for serving in servings:
+            if not serving.is_measured:
+                serving.take_turn(TURN_SECONDS, TURN_STEPS)
 
 
 def add_requests(llm: LLM, prompts: Tokens, params: Sequence[SamplingParams]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from quire.backends.base import Program, StepShape
 from quire.bench.peers.report import Figure
 from quire.bench.speculate.contenders import Contender
-from quire.bench.speculate.rounds import Case, OtherLoad, Record, Tokens, Workload, add_requests, equality, run
+from quire.bench.speculate.rounds import Case, OtherLoad, Record, Serving, Tokens, Workload, add_requests, equality
 from quire.engine import LLM, SamplingParams
 from quire.engine.core import EngineCore
 from quire.engine.device_state import StateSplit
@@ -134,7 +134,7 @@ def _compare(
     load = OtherLoad()
     for idx in range(num_rounds + 1):
         requests = workload.requests(case, idx)
-        expected.append(run(contender.llm, *requests).tokens)
+        expected.append(Serving(contender.llm, *requests).finish().tokens)
         found = timed_steps(contender.llm, *requests, unfused, begins_unfused=idx % 2 == 1)
         tokens.append(found.tokens)
         if idx:  # the first warms up

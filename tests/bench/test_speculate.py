@@ -1,6 +1,7 @@
 """Laws of `quire bench speculate`: forced drafts are accepted as often as asked for, differing tokens fail, and halves make a step."""
 
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from quire.bench.speculate.contenders import Contender, shared_engines
 from quire.bench.speculate.forced import ForcedSample, seeds_of
 from quire.bench.speculate.prompts import OPEN_ENDED, STRUCTURED, text_of
 from quire.bench.speculate.report import BreakEven, break_even
-from quire.bench.speculate.rounds import Case, Workload, accepted_per_pos, equality, run_case
+from quire.bench.speculate.rounds import Case, Serving, Workload, accepted_per_pos, equality, run_case
 from quire.bench.speculate.unfused import timed_steps
 from quire.engine import LLM
 from quire.engine.speculation import SpeculativeConfig
@@ -24,6 +25,7 @@ from quire.kernels.sampling.rows import SampleOutput, SamplingMode, SamplingRows
 from quire.server.cli import main
 
 VOCAB_SIZE = 512
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2}
 
 
 def rows_of(seeds, num_positions: int) -> SamplingRows:
@@ -139,6 +141,39 @@ def test_an_engine_that_gives_other_tokens_is_found_out():
     records = run_case(Case(STRUCTURED, 1, 0.0), [plain, Contender("ngram", 1, other)], workload, 1, lambda _: None)
     assert [record["equal_share"] == 1.0 for record in records] == [True, False]
     assert records[1]["first_difference"] is not None
+
+
+def test_turns_of_any_length_change_no_token_and_leave_the_device_idle():
+    speculation = {"method": "ngram", "num_speculative_tokens": 2, "adaptive": False}
+    llm = LLM("demo-draft", max_num_seqs=2, max_model_len=64, speculative_config=speculation, dtype="float32")
+    requests = Workload({STRUCTURED: [[5, 6, 7], [8, 9]]}, 40).requests(Case(STRUCTURED, 2, 0.8), 0)
+    at_once = Serving(llm, *requests).finish()
+    for num_steps in (1, 5):
+        serving = Serving(llm, *requests)
+        num_turns = 0
+        while not serving.is_measured:
+            serving.take_turn(0.0, num_steps)
+            num_turns += 1
+            assert serving.is_measured or llm.core.drain() == []
+        assert num_turns > 1
+        run = serving.finish()
+        assert (run.tokens, run.rounds) == (at_once.tokens, at_once.rounds)
+        assert run.num_tokens == pytest.approx(at_once.num_tokens, abs=4), "those of a step more or less"
+
+
+def test_a_pause_between_turns_is_in_no_steps_seconds(monkeypatch):
+    llm = LLM("demo-draft", max_num_seqs=1, max_model_len=64, sampling="greedy", speculative_config=NGRAM)
+    serving = Serving(llm, *Workload({STRUCTURED: [[5, 6, 7]]}, 40).requests(Case(STRUCTURED, 1, 0.0), 0))
+    seen: list[float] = []
+    policy = llm.core.scheduler.drafts.policy
+    monkeypatch.setattr(policy, "observe_step", lambda num_rows, num_drafts, seconds, num_rounds: seen.append(seconds))
+    begin = time.perf_counter()
+    while not serving.is_measured:
+        serving.take_turn(0.0, 4)
+        time.sleep(0.05)
+    num_pauses = len(seen) // 4
+    assert num_pauses >= 5
+    assert sum(seen) <= time.perf_counter() - begin - 0.05 * num_pauses
 
 
 def test_too_few_rounds_to_time_both_ways_are_refused():

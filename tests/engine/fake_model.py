@@ -485,8 +485,7 @@ class Simulation:
                 self._gather(output)
             self.scheduler.check()
             if self.scheduler.drafts is not None:
-                num_tokens = sum(len(output.new_token_ids) for output in outputs)
-                self.scheduler.drafts.observe_step(done, self.seconds_of(done), num_tokens)
+                self.scheduler.drafts.observe_step(done, self.seconds_of(done), outputs)
         return scheduled
 
     def run(self, max_steps: int, between: Callable[[int], None] = lambda _: None) -> None:

@@ -212,8 +212,10 @@ MANY = pytest.param(64, marks=pytest.mark.slow)
 @pytest.mark.parametrize("cost", [pytest.param(cheap, marks=pytest.mark.slow), medium, by_token])
 @pytest.mark.parametrize("traffic", TRAFFIC)
 def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_number(traffic, cost, num_rows):
-    result = Device(num_rows, cost).run([TRAFFIC[traffic][:num_rows]], 3000 if num_rows < 64 else 2000)
-    assert result.against_best <= 1.03
+    num_steps = 3000 if num_rows < 64 else 2000
+    results = [Device(num_rows, cost, seed=seed).run([TRAFFIC[traffic][:num_rows]], num_steps) for seed in range(3)]
+    assert statistics.fmean(result.against_best for result in results) <= 1.03
+    assert max(result.against_none for result in results) <= 1.03
 
 
 @pytest.mark.parametrize(
@@ -315,14 +317,18 @@ def test_a_new_engine_has_found_the_right_number_within_25_steps(num_rows, rates
     assert any(choices[:4]), "it begins by drafting"
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("cost", [cheap, medium, by_token])
-def test_text_that_becomes_predictable_is_noticed_within_a_hundred_steps(cost, num_rows, seed):
-    device = Device(num_rows, cost, seed=seed, lifetime=10**6)
-    choices = device.run([[FAILS] * num_rows, [GOOD] * num_rows], 1000).choices
-    assert sum(choice >= 3 for choice in choices[900:1000]) <= 10
-    assert steps_until(choices[1000:], lambda choice: choice >= 3) <= 100
+def test_text_that_becomes_predictable_is_noticed_within_a_hundred_steps(cost, num_rows):
+    found = []
+    for seed in range(16):
+        device = Device(num_rows, cost, seed=seed, lifetime=10**6)
+        choices = device.run([[FAILS] * num_rows], 1000 + 5 * seed).choices  # not always as long before a probe
+        assert sum(choice >= 3 for choice in choices[-100:]) <= 10
+        found.append(steps_until(device.run([[GOOD] * num_rows], 300).choices, lambda choice: choice >= 3))
+    *others, last = sorted(found)
+    assert others[-1] <= 100
+    assert last <= 200
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -372,7 +378,7 @@ def test_where_drafts_fail_few_steps_have_to_choose():
 
     device.controller.choose = choose
     device.run([[FAILS] * 4], 800)
-    assert 100 <= asked <= 160, "one of eight, and those around a probe"
+    assert 50 <= asked <= 110, "one of sixteen, and those around a probe"
 
 
 # ---- costs
