@@ -78,7 +78,7 @@ class DraftController:
     # After a choice of no drafts, steps for which it holds unseen: on small models the host's time to choose counts, and what led to it
     # changes slowly. Longer where no probe can be due before, unless the batch changes.
     REST = 7
-    LONGEST_REST = 15
+    LONGEST_REST = 31
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 16
     # Steps of a second trial, and of a probe for cost where these are cheap: the first after a change are slower than those that follow.
@@ -105,7 +105,7 @@ class DraftController:
         self._hold = (0, 0)
         # Of the last step.
         self._rounds_per_step = 1
-        # Seconds of the steps without drafts that nobody has looked at yet, and what they have in common: rows and rounds.
+        # Seconds of a round in the steps without drafts that nobody has looked at yet, and what they have in common: rows and rounds.
         self._unseen: list[float] = []
         self._unseen_kind = (0, 0)
         # Steps of a probe for the cost of more drafts: two where the first has to catch up, which says nothing of the cost.
@@ -185,9 +185,9 @@ class DraftController:
             self._look_back()
         self._unseen_kind = kind
         if num_drafts:
-            self._look_at(num_rows, num_drafts, num_rounds, [seconds])
+            self._look_at(num_rows, num_drafts, num_rounds, [seconds / num_rounds])
         else:
-            self._unseen.append(seconds)
+            self._unseen.append(seconds / num_rounds)
 
     @property
     def _share(self) -> float:
@@ -197,14 +197,12 @@ class DraftController:
     def _look_back(self) -> None:
         """At the steps without drafts since it was last called: small models lose more by a look at each than by one at several."""
         if self._unseen:
-            seconds, self._unseen = self._unseen, []
-            self._look_at(self._unseen_kind[0], 0, self._unseen_kind[1], seconds)
+            steps, self._unseen = self._unseen, []
+            self._look_at(self._unseen_kind[0], 0, self._unseen_kind[1], steps)
 
     def _look_at(self, num_rows: int, num_drafts: int, num_rounds: int, steps: Sequence[float]) -> None:
-        """Steps alike, that followed each other, by their seconds."""
-        arm, cost = self._arms[num_drafts], 0.0
-        for seconds in self._costs.worth_a_look(steps):
-            cost = num_rounds * self._costs.observe(num_rows, arm, seconds / num_rounds)
+        """Steps alike, that followed each other; `steps` are the seconds of their rounds."""
+        cost = num_rounds * self._costs.observe(num_rows, self._arms[num_drafts], steps)
         saved = self._budget + self._share * len(steps) * cost
         self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
         self._count_probe(num_drafts, num_rounds)
@@ -216,7 +214,6 @@ class DraftController:
         What the host does for prompts may be seen in the next step.
         """
         self._look_back()
-        self._rest = min(self._rest, self.REST)
         self._costs.interrupt(num_rows, None if num_drafts is None else self._arms[num_drafts])
         if num_drafts is not None:
             self._least_wider = 2

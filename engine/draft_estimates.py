@@ -212,42 +212,40 @@ class StepCosts:
         """Buckets end at powers of two: 1, 2, 3 to 4, 5 to 8 rows and so on are 0, 1, 2, 3."""
         return max(num_rows - 1, 0).bit_length()
 
-    def worth_a_look(self, steps: Sequence[float]) -> Sequence[float]:
-        """Of steps alike, that followed each other, those that have to be observed; the others only count."""
-        num_passed_over = max(len(steps) - 1 - self.WINDOW, 0)
-        self._num_steps += num_passed_over
-        return [steps[0], *steps[1 + num_passed_over :]]
-
-    def observe(self, num_rows: int, arm: int, seconds: float) -> float:
-        """A step with `draft_counts[arm]` drafts took so long; returns what such a step is now taken to cost."""
-        self._num_steps += 1
+    def observe(self, num_rows: int, arm: int, steps: Sequence[float]) -> float:
+        """Steps with `draft_counts[arm]` drafts, each after the other, took so many seconds; what such a step is now taken to cost."""
         cell = (self.bucket(num_rows), arm)
         (before, last), last_seconds = self._cells, self._seconds
-        self._cells, self._seconds = (last, cell), seconds
+        self._cells, self._seconds = (last if len(steps) == 1 else cell, cell), steps[-1]
         medians = self._medians.setdefault(cell[0], [None] * len(self._draft_counts))
-        known = medians[arm]
-        if cell == last:
-            self._add(cell, seconds)
-            if known is not None and self._count_usual(cell):
+        if cell != last:
+            first, steps = steps[0], steps[1:]
+            self._num_steps += 1
+            known = medians[arm]
+            if before == cell and last is not None and cell < last and known is not None:
+                self._add(last, [max(last_seconds + first - known, known)])
+            if not self._samples.get(cell):  # better than nothing, until there is one
+                medians[arm] = first if known is None else (known + first) / 2
+                self._measured_at[cell] = self._num_steps
+        if steps:
+            self._num_steps += len(steps)
+            known = medians[arm]
+            self._add(cell, steps)
+            if known is not None and self._count_usual(cell, len(steps)):
                 self._follow(cell, known, medians[arm] or known)
-        elif before == cell and last is not None and cell < last and known is not None:
-            self._add(last, max(last_seconds + seconds - known, known))
-        if not self._samples.get(cell):  # better than nothing, until there is one
-            medians[arm] = seconds if known is None else (known + seconds) / 2
-            self._measured_at[cell] = self._num_steps
-        return medians[arm] or seconds
+        return medians[arm] or self._seconds
 
     def interrupt(self, num_rows: int, arm: int | None) -> None:
         """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
         self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
 
-    def _count_usual(self, cell: tuple[int, int]) -> bool:
-        """Counts a sample of this cell; whether it is what most steps are, and all its samples are of late."""
+    def _count_usual(self, cell: tuple[int, int], num_samples: int) -> bool:
+        """Counts samples of this cell; whether it is what most steps are, and all its samples are of late."""
         if cell == self._usual:
-            self._num_usual += 1
+            self._num_usual += num_samples
             self._num_unusual = 0
         else:
-            self._num_unusual += 1
+            self._num_unusual += num_samples
             if self._num_unusual > self.WINDOW // 2:
                 self._usual, self._num_usual, self._num_unusual = cell, 0, 0
                 self._followed = None
@@ -270,8 +268,8 @@ class StepCosts:
                     for idx in range(len(samples)):
                         samples[idx] *= factor
 
-    def _add(self, cell: tuple[int, int], seconds: float) -> None:
-        """One more sample of a cell."""
+    def _add(self, cell: tuple[int, int], steps: Sequence[float]) -> None:
+        """More samples of a cell."""
         bucket, arm = cell
         samples, medians = self._samples.setdefault(cell, deque(maxlen=self.WINDOW)), self._medians[bucket]
         median = medians[arm]
@@ -281,7 +279,7 @@ class StepCosts:
             elif self.age(bucket, arm) > self.STALE_AFTER:
                 samples.clear()
                 samples.append(median)
-        samples.append(seconds)
+        samples.extend(steps)
         self._measured_at[cell] = self._num_steps
         medians[arm] = sorted(samples)[(len(samples) - 1) // 2]
 

@@ -143,6 +143,8 @@ class DraftScheduler:
         self.counters = DraftCounters(num_accepted_per_pos=[0] * max_drafts)
         self.num_drafts = 0
         """Of the step that was planned last."""
+        self.concerns_rows = False
+        """Whether a row of that step drafts or catches up: only then there is anything to do for each."""
         self._kv_cache = kv_cache
         self._has_draft_cache = has_draft_cache
         self._tile_size = tile_size
@@ -158,10 +160,11 @@ class DraftScheduler:
 
     def begin_step(self, decoding: Iterable[Request], most_rows: int, *, may_draft: bool) -> int:
         """How many tokens to draft in a step whose decode rows are the first of `decoding`, which is looked at only where it matters."""
+        self.num_drafts = 0
         if self.concerns_rows:
             self._ready.clear()
             self._num_tiles.clear()
-        self.num_drafts = 0
+            self.concerns_rows = False
         if not may_draft or self.policy.rests():
             return 0
         requests = list(islice(decoding, most_rows))
@@ -174,14 +177,10 @@ class DraftScheduler:
             for request, limit in zip(requests, limits, strict=True):
                 if limit:
                     tiles_left = self._make_ready(request, tiles_left)
+            self.concerns_rows = bool(self._ready or self._num_tiles)
         # Rows that only catch up need no wider step.
         self.num_drafts = wanted if self._ready else 0
         return self.num_drafts
-
-    @property
-    def concerns_rows(self) -> bool:
-        """Whether a row of the step drafts or catches up: only then there is anything to do for each."""
-        return bool(self._ready or self._num_tiles)
 
     def _make_ready(self, request: Request, tiles_left: int) -> int:
         """Lets a row draft, or catch up first as far as there are tiles; how many are left."""
@@ -268,7 +267,8 @@ class DraftScheduler:
 
     def observe_step(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
         """A step took so long, catching up included, and brought this."""
-        self.account.served(seconds)
+        if self._has_draft_cache:
+            self.account.served(seconds)
         num_rows = len(step.decode)
         if step.prefill:
             self.policy.observe_other_step(num_rows, None)
@@ -277,10 +277,11 @@ class DraftScheduler:
             self.policy.observe_other_step(num_rows, step.num_drafts, step.num_decode_steps)
         else:
             self.policy.observe_step(num_rows, step.num_drafts, seconds, step.num_decode_steps)
-        plain_cost = self.policy.cost(num_rows, 0) if step.num_drafts or step.catch_up else None
-        if plain_cost is not None:
-            num_tokens = sum(len(output.new_token_ids) for output in outputs)
-            self.account.saved(num_tokens / num_rows * plain_cost - seconds)
+        if self._has_draft_cache and (step.num_drafts or step.catch_up):
+            plain_cost = self.policy.cost(num_rows, 0)
+            if plain_cost is not None:
+                num_tokens = sum(len(output.new_token_ids) for output in outputs)
+                self.account.saved(num_tokens / num_rows * plain_cost - seconds)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""

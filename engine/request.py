@@ -123,6 +123,11 @@ class Request:
         return self.most_tokens - self.num_computed_tokens
 
     @property
+    def can_decode(self) -> bool:
+        """Whether the newest token is all that is left to compute, and not surely the last that it may have."""
+        return self.num_uncomputed_tokens == 1 and self.least_tokens < self.max_total_tokens
+
+    @property
     def most_tokens(self) -> int:
         """How many tokens it has at most once every dispatched step is done."""
         return min(len(self.token_ids) + self.num_in_flight, self.max_total_tokens)

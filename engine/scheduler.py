@@ -229,35 +229,35 @@ class Scheduler:
 
         A row takes one token of the budget, however many steps the dispatch has: the budget bounds each of them.
         """
-        idx, drafts = 0, self.drafts
-        running, num_steps = self.running, plan.num_decode_steps
+        idx, drafts, running, num_steps = 0, self.drafts, self.running, plan.num_decode_steps
         if drafts is not None:
-            decoding = filter(_can_decode, running)
+            decoding = (request for request in running if request.can_decode)
             plan.num_drafts = drafts.begin_step(decoding, plan.tokens_left, may_draft=plan.may_draft)
-            drafts = drafts if drafts.concerns_rows else None
+        concerned = drafts if drafts and drafts.concerns_rows else None
         while idx < len(running) and len(plan.decode) < plan.tokens_left:
             request = running[idx]
             idx += 1
-            if not _can_decode(request):
+            if not request.can_decode:
                 continue
             if self.kv_cache.has_window:
                 self._release_out_of_window(plan, request)
             num_drafts = self._make_room(plan, request, num_steps)
             if num_drafts is None:
                 continue
-            if drafts is not None:
-                drafts.planned(request, num_drafts, num_steps)
+            if concerned is not None:
+                concerned.planned(request, num_drafts, num_steps)
             # Each step brings a token at least, and every draft of it at most; the row has room for less near its end.
             num_tokens = min(num_steps * (1 + num_drafts), request.max_total_tokens - request.least_tokens)
             min_tokens = min(num_steps, request.max_total_tokens - request.most_tokens)
             request.num_in_flight += num_tokens
             request.num_surely_in_flight += min_tokens
+            plan.brings_known &= min_tokens == num_tokens
             end = request.num_computed_tokens = request.most_tokens - 1
             row = DecodeRow(request.request_id, request.order[1], request.slot, end, num_tokens, min_tokens, num_drafts)
             plan.decode.append(row)
         plan.tokens_left -= len(plan.decode)
-        if self.drafts is not None and plan.decode:
-            plan.catch_up = self.drafts.end_step(num_steps)
+        if drafts is not None and plan.decode:
+            plan.catch_up = drafts.end_step(num_steps)
 
     def _make_room(self, plan: StepPlan, request: Request, num_steps: int) -> int | None:
         """Gives a decode row the blocks that it may fill in `num_steps` steps; how many tokens may be drafted for it.
@@ -489,11 +489,6 @@ class Scheduler:
         assert sorted([*slots, *self._free_slots]) == list(range(self.num_slots)), (slots, self._free_slots)
         assert _is_sorted(self.running)
         assert _is_sorted(self.waiting)
-
-
-def _can_decode(request: Request) -> bool:
-    """Whether the newest token is all that is left to compute, and not surely the last that it may have."""
-    return request.num_uncomputed_tokens == 1 and request.least_tokens < request.max_total_tokens
 
 
 def _is_sorted(requests: Iterable[Request]) -> bool:

@@ -116,14 +116,9 @@ class SchedulerOutput:
     num_padding_tiles: int = 0
     num_drafts: int = 0
     catch_up: list[CatchUp] = field(default_factory=list)
-
-    @property
-    def brings_known(self) -> bool:
-        """Whether every row gets as many tokens as its `num_tokens` says.
-
-        Without drafts too it may get fewer: those of a step before, not read yet, may have brought it to its end.
-        """
-        return not self.num_drafts and all(row.min_tokens == row.num_tokens for row in self.decode)
+    brings_known: bool = False
+    """Whether every decode row surely gets as many tokens as its `num_tokens` says. Without drafts too it may get fewer: those of a step
+    before, not read yet, may have brought it to its end."""
 
     @property
     def num_tokens(self) -> int:

@@ -26,6 +26,7 @@ class StepPlan:
     catch_up: list[CatchUp] = field(default_factory=list)
     has_preempted: bool = False
     num_padding_tiles: int = 0
+    brings_known: bool = True
 
     def output(self, *, step_idx: int, padded_decode_rows: int) -> SchedulerOutput:
         """The step as it was put together."""
@@ -40,6 +41,7 @@ class StepPlan:
             num_padding_tiles=self.num_padding_tiles,
             num_drafts=self.num_drafts,
             catch_up=self.catch_up,
+            brings_known=self.brings_known,
         )
 
 

@@ -231,8 +231,9 @@ def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_
 )
 def test_a_source_that_seldom_proposes_is_used_where_it_pays(num_rows, cost, most, gain):
     """One row alone shows one success in ten rounds, so what is learned of it is uncertain for long: of the 14 % that it could gain where
-    drafts cost what `by_token` says, it gains half."""
-    results = [Device(num_rows, cost, seed=seed).run([[SELDOM] * num_rows], 4000) for seed in range(4)]
+    drafts cost what `by_token` says, it gains half, and runs differ by as much as that."""
+    num_seeds = 16 if num_rows == 1 else 4
+    results = [Device(num_rows, cost, seed=seed).run([[SELDOM] * num_rows], 4000) for seed in range(num_seeds)]
     assert statistics.fmean(result.against_best for result in results) <= most
     if gain:
         assert statistics.fmean(result.against_none for result in results) <= 1 - gain
@@ -430,8 +431,8 @@ def test_drafts_of_a_model_that_has_to_catch_up_first_are_tried_and_at_most_twic
 def test_what_was_measured_at_one_batch_size_tells_what_is_not_at_another():
     costs = StepCosts(DRAFT_COUNTS)
     for arm, seconds in enumerate([1.0, 1.5, 2.5, 4.0]):
-        costs.observe(8, arm, seconds)
-    costs.observe(64, 1, 3.0)
+        costs.observe(8, arm, [seconds])
+    costs.observe(64, 1, [3.0])
     assert costs.estimates(costs.bucket(64)) == [2.0, 3.0, 5.0, 8.0]
     assert costs.measured(costs.bucket(64)) == [None, 3.0, None, None]
     assert costs.estimates(costs.bucket(500)) == [2.0, 3.0, 5.0, 8.0]
@@ -440,7 +441,7 @@ def test_what_was_measured_at_one_batch_size_tells_what_is_not_at_another():
 def test_more_drafts_are_never_taken_to_cost_less():
     costs = StepCosts(DRAFT_COUNTS)
     for arm, seconds in enumerate([1.2, 1.0, 1.1, 90.0]):
-        costs.observe(4, arm, seconds)
+        costs.observe(4, arm, [seconds])
     estimates = costs.estimates(costs.bucket(3))
     assert estimates == sorted(estimates)
     assert estimates[-1] == 8.0, "eight steps without drafts bring as much"
