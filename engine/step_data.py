@@ -117,8 +117,8 @@ class SchedulerOutput:
     num_drafts: int = 0
     catch_up: list[CatchUp] = field(default_factory=list)
     brings_known: bool = False
-    """Whether every decode row surely gets as many tokens as its `num_tokens` says. Without drafts too it may get fewer: those of a step
-    before, not read yet, may have brought it to its end."""
+    """Whether nothing is drafted, and every decode row surely gets as many tokens as its `num_tokens` says. It may get fewer: those of a
+    step before, not read yet, may have brought it to its end."""
 
     @property
     def num_tokens(self) -> int:

@@ -41,7 +41,7 @@ class StepPlan:
             num_padding_tiles=self.num_padding_tiles,
             num_drafts=self.num_drafts,
             catch_up=self.catch_up,
-            brings_known=self.brings_known,
+            brings_known=self.brings_known and not self.num_drafts,
         )
 
 

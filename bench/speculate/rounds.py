@@ -187,7 +187,7 @@ class Serving:
 
     def finish(self) -> Run:
         """Serves what is left, and says what came of it all."""
-        while not self.is_measured:
+        if not self.is_measured:
             self.take_turn(math.inf, 0)
         while self._llm.core.has_work:
             self._take(self._llm.core.step())
