@@ -1,5 +1,6 @@
 """The wheel: complete, under one import name, and usable away from the checkout. Needs no network."""
 
+import fcntl
 import os
 import platform
 import shutil
@@ -58,8 +59,16 @@ def names_in(wheel: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    return build_wheel(tmp_path_factory.mktemp("wheel"))
+def wheel(tmp_path_factory, worker_id) -> Path:
+    """Built once, also where several of pytest's processes want it."""
+    if worker_id == "master":
+        return build_wheel(tmp_path_factory.mktemp("wheel"))
+    folder = tmp_path_factory.getbasetemp().parent / "wheel"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = list(folder.glob("*.whl"))
+        return built[0] if built else build_wheel(folder)
 
 
 @pytest.fixture(scope="module")

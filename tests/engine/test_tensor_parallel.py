@@ -55,7 +55,7 @@ SLOW_CASES = {
 
 
 # Each case starts two to four engines, which takes a minute on two slow cores: the others run with the slow tests.
-FAST_CASES = ("fewer key/value heads than devices", "kernels of the TPU")
+FAST_CASES = ("kernels of the TPU",)
 
 
 @pytest.mark.parametrize(

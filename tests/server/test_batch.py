@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from quire.server.cli import main
 from tests.server.conftest import SMALL
 
 COMMAND = [sys.executable, "-P", "-m", "quire.server.cli", "batch"]
@@ -36,6 +37,12 @@ def read(path: Path) -> list[dict]:
 
 def batch(*arguments, timeout=120) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
+
+
+def refuse(capsys, *arguments) -> str:
+    """What the command says where it refuses, in this process: most of the time that it takes is for imports."""
+    assert main(["batch", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
 
 
 @contextlib.contextmanager
@@ -125,12 +132,9 @@ def test_a_line_that_is_refused_costs_no_other_one(server, tmp_path):
         ([""], "holds no request"),
     ],
 )
-def test_bad_input_runs_nothing(tmp_path, lines, message):
+def test_bad_input_runs_nothing(tmp_path, capsys, lines, message):
     source, target = write(tmp_path / "in", lines), tmp_path / "out"
-    done = batch(source, target, "--url", "http://127.0.0.1:9")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    assert message in refuse(capsys, source, target, "--url", "http://127.0.0.1:9")
     assert not target.exists()
 
 
@@ -141,16 +145,14 @@ def test_bad_input_runs_nothing(tmp_path, lines, message):
         ('{"custom_id": "other", "response": {"status_code": 200}}\n', "belongs to another batch"),
     ],
 )
-def test_output_of_something_else_is_left_alone(tmp_path, text, message):
+def test_output_of_something_else_is_left_alone(tmp_path, capsys, text, message):
     source, target = write(tmp_path / "in", [line("a")]), tmp_path / "out"
     target.write_text(text)
-    done = batch(source, target, "--url", "http://127.0.0.1:9")
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in refuse(capsys, source, target, "--url", "http://127.0.0.1:9")
     assert target.read_text() == text
 
 
-def test_flags_that_would_do_nothing_are_refused(tmp_path):
+def test_flags_that_would_do_nothing_are_refused(tmp_path, capsys):
     source, target = write(tmp_path / "in", [line("a")]), tmp_path / "out"
     for flags, name in [
         (("--url", "http://x", "--max-num-seqs", "4"), "max_num_seqs"),
@@ -158,11 +160,9 @@ def test_flags_that_would_do_nothing_are_refused(tmp_path):
         (("--api-key", "x"), "api_key"),
         (("--concurrency", "0"), "concurrency"),
     ]:
-        done = batch(source, target, *flags)
-        assert done.returncode == 2
-        assert name in done.stderr
-    assert batch(source, source).returncode == 2
-    assert batch(tmp_path / "absent", target).returncode == 2
+        assert name in refuse(capsys, source, target, *flags)
+    refuse(capsys, source, source)
+    refuse(capsys, tmp_path / "absent", target)
     assert not target.exists()
 
 
