@@ -239,9 +239,10 @@ class DraftController:
                 self._probe.num_accepted += num_accepted
 
     def cost(self, num_rows: int, num_drafts: int) -> float | None:
-        """Learned seconds of a decode step, None where none was measured."""
+        """Learned seconds of a decode step, no more than those of one with more drafts; None where none was measured."""
         self._look_back()
-        return self._costs.measured(self._costs.bucket(num_rows))[self._arms[num_drafts]]
+        bucket, arm = self._costs.bucket(num_rows), self._arms[num_drafts]
+        return None if self._costs.measured(bucket)[arm] is None else self._costs.estimates(bucket)[arm]
 
     def _expected_tokens(self, num_arms: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> list[float]:
         """Tokens that a step is expected to bring, by arm."""

@@ -84,33 +84,39 @@ class CatchUpAccount:
 
     A prompt that is long beside its answer can cost a draft model more than it saves, and nobody knows the length of an answer
     before. So what steps with drafts save is put into an account, what they lose is taken out, and while it is overdrawn nobody
-    else catches up. A small share of the time served is credited besides, so that it is tried again.
+    else catches up. A small share of the time served is credited besides, so that it is tried again. Where drafts gain next to
+    nothing, catching up again and again would cost more than that: `DOUBT` of what they bring counts for nothing.
+
+    It counts in steps without drafts, of the same batch, so that it means the same to a model of a millisecond a step and to one of thirty.
     """
 
     # Beside the 2 % that trying other numbers of drafts may cost.
     SHARE = 0.005
-    MOST_SECONDS = 1.0
+    # Good times do not pay for long bad ones: so much is kept, and what else was saved was saved.
+    MOST_STEPS = 64.0
+    # What a step without drafts would take is known only so well.
+    DOUBT = 0.05
     # Lent at the start, when nothing is known of what drafts save: what is lost by trying would take long to be credited.
-    LENT_SECONDS = 0.05
+    LENT_STEPS = 32.0
 
     def __init__(self) -> None:
-        self.seconds = self.LENT_SECONDS
+        self.steps = self.LENT_STEPS
 
     @property
     def is_open(self) -> bool:
         """Whether it is not overdrawn."""
-        return self.seconds >= 0.0
+        return self.steps >= 0.0
 
-    def served(self, seconds: float) -> None:
-        """Any step took so long."""
-        self._add(self.SHARE * seconds)
+    def served(self, steps: float) -> None:
+        """So many steps of any kind."""
+        self._add(self.SHARE * steps)
 
-    def saved(self, seconds: float) -> None:
-        """A step with drafts, its catching up included, took so much less than its tokens would have taken; below 0 it is a loss."""
-        self._add(seconds)
+    def drafted(self, tokens_per_row: float, steps: float) -> None:
+        """A step with drafts brought each row so many tokens, and took, its catching up included, as long as so many steps without."""
+        self._add((1.0 - self.DOUBT) * tokens_per_row - steps)
 
-    def _add(self, seconds: float) -> None:
-        self.seconds = min(self.seconds + seconds, self.MOST_SECONDS)
+    def _add(self, steps: float) -> None:
+        self.steps = min(self.steps + steps, self.MOST_STEPS)
 
 
 @dataclass
@@ -268,7 +274,7 @@ class DraftScheduler:
     def observe_step(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
         """A step took so long, catching up included, and brought this."""
         if self._has_draft_cache:
-            self.account.served(seconds)
+            self.account.served(step.num_decode_steps)
         num_rows = len(step.decode)
         if step.prefill:
             self.policy.observe_other_step(num_rows, None)
@@ -281,7 +287,7 @@ class DraftScheduler:
             plain_cost = self.policy.cost(num_rows, 0)
             if plain_cost is not None:
                 num_tokens = sum(len(output.new_token_ids) for output in outputs)
-                self.account.saved(num_tokens / num_rows * plain_cost - seconds)
+                self.account.drafted(num_tokens / num_rows, seconds / plain_cost)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 
+from quire.engine.draft_scheduler import CatchUpAccount
 from quire.engine.step_data import SchedulerOutput
 from tests.engine.fake_model import DraftsInTurn, Setup, Simulation, make_request
 
 PROMPT_LEN, CATCH_UP_COST = 40, 0.1
 
 
-def _serve(num_output: int, draft_counts: tuple[int, ...] = (3,), *, num_requests: int) -> Simulation:
-    """Requests of long prompts, one after the other. A plain step takes a second, one with three drafts hardly more, and a draft model
-    a tenth of one for each token that it catches up with."""
+def _serve(
+    num_output: int,
+    draft_counts: tuple[int, ...] = (3,),
+    *,
+    num_requests: int,
+    drafting_cost: float = 1.02,
+    plain_cost: float = 1.0,
+) -> Simulation:
+    """Requests of long prompts, one after the other. A plain step takes `plain_cost` seconds, one with three drafts `drafting_cost` times
+    as long, and a draft model a tenth as long for each token that it catches up with."""
     simulation = Simulation(
         Setup(
             num_blocks=200,
@@ -25,7 +33,8 @@ def _serve(num_output: int, draft_counts: tuple[int, ...] = (3,), *, num_request
 
     def seconds_of(step: SchedulerOutput) -> float:
         tokens = sum(min(row.num_tiles * 4, row.end - 1 - row.start) for row in step.catch_up)
-        simulation.seconds += (seconds := 1.0 + 0.02 * bool(step.num_drafts) + CATCH_UP_COST * tokens)
+        seconds = plain_cost * ((drafting_cost if step.num_drafts else 1.0) + CATCH_UP_COST * tokens)
+        simulation.seconds += seconds
         return seconds
 
     simulation.seconds_of = seconds_of
@@ -58,6 +67,45 @@ def test_long_answers_are_caught_up_for() -> None:
     simulation = _serve(60, num_requests=100)
     assert simulation.device.num_caught_up > 0.95 * 100 * PROMPT_LEN
     assert simulation.seconds < 0.7 * len(_serve(60, (), num_requests=100).steps)
+
+
+def test_where_drafts_gain_nothing_catching_up_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with drafts takes as long as its tokens would have taken without, and that is taken to be a tenth more than it is."""
+    per_step = _tokens_per_drafting_step(_serve(60, num_requests=20))
+    monkeypatch.setattr(DraftsInTurn, "plain_cost", 1.1)
+    tie = _serve(60, num_requests=150, drafting_cost=per_step)
+    assert _tokens_per_drafting_step(tie) == pytest.approx(per_step, rel=0.1), "it is a tie"
+    assert tie.seconds < 1.014 * len(_serve(60, (), num_requests=150).steps)
+
+
+def test_gains_of_good_times_are_not_spent_in_bad_ones() -> None:
+    """However long drafts have paid before, once they do not, as little is lost as where they never did."""
+    account = CatchUpAccount()
+    for _ in range(10_000):
+        account.drafted(3.0, 1.2)
+    num_catch_ups = 0
+    for _ in range(1000):
+        account.served(1)
+        if account.is_open:
+            num_catch_ups += 1
+            account.drafted(1.0, 4.0)
+    assert 0 < num_catch_ups * 3.0 < 100
+
+
+@pytest.mark.parametrize("plain_cost", [0.001, 0.03])
+def test_a_catch_up_means_the_same_to_fast_and_to_slow_models(
+    monkeypatch: pytest.MonkeyPatch, plain_cost: float
+) -> None:
+    expected = _serve(10, num_requests=100).device.num_caught_up
+    monkeypatch.setattr(DraftsInTurn, "plain_cost", plain_cost)
+    assert 0 < _serve(10, num_requests=100, plain_cost=plain_cost).device.num_caught_up == expected < 100 * PROMPT_LEN
+
+
+def _tokens_per_drafting_step(simulation: Simulation) -> float:
+    """Tokens that a step with drafts brought its only row."""
+    assert simulation.scheduler.drafts is not None
+    counters = simulation.scheduler.drafts.counters
+    return 1.0 + counters.num_accepted_tokens / counters.num_rounds
 
 
 def test_a_request_is_drafted_for_as_it_asks() -> None:
