@@ -1,4 +1,4 @@
-"""Engines that speculate, for tests: tiny checkpoints on disk, drafts of every quality, one engine per setting for the whole session."""
+"""Engines that speculate, for tests: tiny checkpoints on disk, drafts of every quality, one engine per setting for a while."""
 
 import functools
 import json
@@ -97,7 +97,8 @@ def model_config(folder: Path, num_drafts: int, **changes: Any) -> str:
     return json.dumps({"method": "draft_model", "model": str(folder), **common})
 
 
-@functools.cache
+# The programs of one take hundreds of memory maps, of which Linux lets a process have 65,530.
+@functools.lru_cache(maxsize=24)
 def engine(
     draft: str | None = None,
     num_drafts: int = 3,
@@ -110,7 +111,7 @@ def engine(
     interpreted: bool = False,
     **settings: Any,
 ) -> LLM:
-    """An engine on a tiny model whose weights are on disk, drafting as said; the same object for the same settings."""
+    """An engine on a tiny model whose weights are on disk, drafting as said; the same object for the settings that were asked for last."""
     kind = QuickInterpretedBackend if interpreted else QuickBackend
     backend = kind(scan_layers=scan_layers, mixed_batches=mixed_batches, tile_size=tile_size)
     defaults = {"max_num_seqs": 4, "max_model_len": 160, "dtype": "float32"}
