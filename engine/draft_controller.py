@@ -79,6 +79,8 @@ class DraftController:
     # changes slowly. Longer where no probe can be due before, unless the batch changes.
     REST = 7
     LONGEST_REST = 31
+    # After a choice of some drafts that is no trial: so many more steps go by it.
+    REPEAT = 3
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 16
     # Steps of a second trial, and of a probe for cost where these are cheap: the first after a change are slower than those that follow.
@@ -105,9 +107,11 @@ class DraftController:
         self._hold = (0, 0)
         # Of the last step.
         self._rounds_per_step = 1
-        # Seconds of a round in the steps without drafts that nobody has looked at yet, and what they have in common: rows and rounds.
+        # The last choice, for how many rows it was made, and for how many steps it holds.
+        self._last = self._last_rows = self._repeat = 0
+        # Seconds of a round in the steps that nobody has looked at yet, and what they have in common: rows, drafts and rounds.
         self._unseen: list[float] = []
-        self._unseen_kind = (0, 0)
+        self._unseen_kind = (0, 0, 0)
         # Steps of a probe for the cost of more drafts: two where the first has to catch up, which says nothing of the cost.
         self._least_wider = 1
 
@@ -129,8 +133,12 @@ class DraftController:
         `num_rows` is the number of rows that the step's cost is known by, as `observe_step` is given it. The result is at most
         the largest limit. A row for which the host knows that there is no proposal has limit 0.
         """
-        self._look_back()
         most = max(limits, default=0)
+        if self._repeat and num_rows == self._last_rows and self._last <= most:
+            self._repeat -= 1
+            self._steps_since_probe += 1
+            return self._last
+        self._look_back()
         num_arms = sum(count <= most for count in self.draft_counts)
         if num_arms <= 1:
             self._rest = self.REST if self._probe is None else 0
@@ -161,9 +169,13 @@ class DraftController:
                 if arm > best:
                     num_needed = rates[best] * seconds[arm] - len(rows) - self._accepted_anyway(best, rows, limits)
                     self._probe = _Probe(self.draft_counts[best], length, num_needed, paid, 1 / rates[best])
-            if arm == 0 == best and self._probe is None:
-                self._rest = min(max(int(due) // 2, self.REST), self.LONGEST_REST)
-        return self.draft_counts[arm]
+            if arm == best and self._probe is None:
+                if arm:
+                    self._repeat = self.REPEAT
+                else:
+                    self._rest = min(max(int(due) // 2, self.REST), self.LONGEST_REST)
+        self._last, self._last_rows = self.draft_counts[arm], num_rows
+        return self._last
 
     def _held(self, num_arms: int) -> int | None:
         """The arm that is to be taken again, if rows may have as many drafts."""
@@ -178,16 +190,13 @@ class DraftController:
 
         Steps that also computed prompts are not comparable and are not reported.
         """
-        kind = (num_rows, num_rounds)
-        if kind != self._unseen_kind:
-            self._rest = min(self._rest, self.REST)
-        if num_drafts or kind != self._unseen_kind or len(self._unseen) > self.LONGEST_REST:
+        kind = (num_rows, num_drafts, num_rounds)
+        if kind != self._unseen_kind or len(self._unseen) > self.LONGEST_REST:
+            if num_rows != self._unseen_kind[0] or num_rounds != self._unseen_kind[2]:
+                self._rest = min(self._rest, self.REST)
             self._look_back()
-        self._unseen_kind = kind
-        if num_drafts:
-            self._look_at(num_rows, num_drafts, num_rounds, [seconds / num_rounds])
-        else:
-            self._unseen.append(seconds / num_rounds)
+            self._unseen_kind = kind
+        self._unseen.append(seconds / num_rounds)
 
     @property
     def _share(self) -> float:
@@ -195,17 +204,15 @@ class DraftController:
         return self.EXPLORATION_SHARE if self._interval < self.MAX_INTERVAL else self.BACKED_OFF_SHARE
 
     def _look_back(self) -> None:
-        """At the steps without drafts since it was last called: small models lose more by a look at each than by one at several."""
-        if self._unseen:
-            steps, self._unseen = self._unseen, []
-            self._look_at(self._unseen_kind[0], 0, self._unseen_kind[1], steps)
-
-    def _look_at(self, num_rows: int, num_drafts: int, num_rounds: int, steps: Sequence[float]) -> None:
-        """Steps alike, that followed each other; `steps` are the seconds of their rounds."""
+        """At the steps since it was last called: small models lose more by a look at each than by one at several."""
+        if not self._unseen:
+            return
+        steps, self._unseen = self._unseen, []
+        num_rows, num_drafts, num_rounds = self._unseen_kind
         cost = num_rounds * self._costs.observe(num_rows, self._arms[num_drafts], steps)
         saved = self._budget + self._share * len(steps) * cost
         self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
-        self._count_probe(num_drafts, num_rounds)
+        self._count_probe(num_drafts, num_rounds, len(steps))
         self._curve.refresh()
 
     def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
@@ -217,14 +224,14 @@ class DraftController:
         self._costs.interrupt(num_rows, None if num_drafts is None else self._arms[num_drafts])
         if num_drafts is not None:
             self._least_wider = 2
-            self._count_probe(num_drafts, num_rounds)
+            self._count_probe(num_drafts, num_rounds, 1)
 
-    def _count_probe(self, num_drafts: int, num_rounds: int) -> None:
-        """A step, whose rounds are known."""
+    def _count_probe(self, num_drafts: int, num_rounds: int, num_steps: int) -> None:
+        """Steps whose rounds are known."""
         self._rounds_per_step = num_rounds
         if self._probe is not None and num_drafts > self._probe.more_than:
-            self._probe.num_steps += 1
-            self._probe.num_rounds += num_rounds
+            self._probe.num_steps += num_steps
+            self._probe.num_rounds += num_steps * num_rounds
 
     def observe_round(self, acceptance: Acceptance, num_drafts: int, num_accepted: int) -> None:
         """A row had its drafts verified. `num_drafts` is what it was asked for, min(K, its limit), even if less was proposed.
@@ -239,10 +246,12 @@ class DraftController:
                 self._probe.num_accepted += num_accepted
 
     def cost(self, num_rows: int, num_drafts: int) -> float | None:
-        """Learned seconds of a decode step, no more than those of one with more drafts; None where none was measured."""
-        self._look_back()
+        """Learned seconds of a round, of all but the last few steps, and no more than with more drafts; None where none was measured."""
         bucket, arm = self._costs.bucket(num_rows), self._arms[num_drafts]
-        return None if self._costs.measured(bucket)[arm] is None else self._costs.estimates(bucket)[arm]
+        if len(self._unseen) >= self.REPEAT or self._costs.measured(bucket)[arm] is None:
+            self._look_back()
+        measured = self._costs.measured(bucket)[arm:]
+        return None if measured[0] is None else min(seconds for seconds in measured if seconds is not None)
 
     def _expected_tokens(self, num_arms: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> list[float]:
         """Tokens that a step is expected to bring, by arm."""

@@ -5,6 +5,7 @@ Knows neither the device nor where drafts come from, and nothing it decides can 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -156,6 +157,8 @@ class DraftScheduler:
         self._tile_size = tile_size
         self._max_tiles = max_tiles
         self.account = CatchUpAccount()
+        # Of the last steps that caught up, in steps without drafts.
+        self._tile_costs: deque[float] = deque(maxlen=9)
         # Rounds so far: each brings a row a token at least, which a draft model lacks unless it drafts. Counted here and not for each
         # row, which would cost time in every step without drafts.
         self._num_rounds = 0
@@ -284,10 +287,21 @@ class DraftScheduler:
         else:
             self.policy.observe_step(num_rows, step.num_drafts, seconds, step.num_decode_steps)
         if self._has_draft_cache and (step.num_drafts or step.catch_up):
-            plain_cost = self.policy.cost(num_rows, 0)
-            if plain_cost is not None:
-                num_tokens = sum(len(output.new_token_ids) for output in outputs)
-                self.account.drafted(num_tokens / num_rows, seconds / plain_cost)
+            self._settle(step, seconds / step.num_decode_steps, outputs)
+
+    def _settle(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
+        """Puts into the account what a step brought, each of whose rounds took so long. The usual counts: one slow step would empty it."""
+        num_rows = len(step.decode)
+        plain_cost, cost = self.policy.cost(num_rows, 0), self.policy.cost(num_rows, step.num_drafts)
+        if plain_cost is None or cost is None:
+            return
+        num_steps = step.num_decode_steps * cost / plain_cost
+        if step.catch_up:
+            num_tiles = sum(row.num_tiles for row in step.catch_up)
+            self._tile_costs.append(max(seconds - cost, 0.0) * step.num_decode_steps / plain_cost / num_tiles)
+            num_steps += num_tiles * sorted(self._tile_costs)[(len(self._tile_costs) - 1) // 2]
+        num_tokens = sum(len(output.new_token_ids) for output in outputs)
+        self.account.drafted(num_tokens / num_rows, num_steps)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""

@@ -350,6 +350,7 @@ class DraftsInTurn:
     """A policy that goes through a list of numbers, whatever comes of them."""
 
     plain_cost: float | None = None
+    drafting_cost: float | None = None
 
     def __init__(self, counts: tuple[int, ...]) -> None:
         self._counts = itertools.cycle(counts)
@@ -374,8 +375,7 @@ class DraftsInTurn:
         assert 0 <= num_accepted <= num_drafts
 
     def cost(self, num_rows: int, num_drafts: int) -> float | None:
-        assert num_drafts == 0
-        return self.plain_cost
+        return self.drafting_cost if num_drafts else self.plain_cost
 
 
 STEP_SECONDS = 0.01

@@ -18,6 +18,7 @@ def _serve(
     num_requests: int,
     drafting_cost: float = 1.02,
     plain_cost: float = 1.0,
+    slow_every: int = 10**9,
 ) -> Simulation:
     """Requests of long prompts, one after the other. A plain step takes `plain_cost` seconds, one with three drafts `drafting_cost` times
     as long, and a draft model a tenth as long for each token that it catches up with."""
@@ -35,8 +36,9 @@ def _serve(
         tokens = sum(min(row.num_tiles * 4, row.end - 1 - row.start) for row in step.catch_up)
         seconds = plain_cost * ((drafting_cost if step.num_drafts else 1.0) + CATCH_UP_COST * tokens)
         simulation.seconds += seconds
-        return seconds
+        return seconds * (200 if step.step_idx % slow_every == 0 else 1)
 
+    DraftsInTurn.drafting_cost = plain_cost * drafting_cost
     simulation.seconds_of = seconds_of
     arrivals = iter(range(num_requests))
 
@@ -53,6 +55,7 @@ def _serve(
 @pytest.fixture(autouse=True)
 def _known_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DraftsInTurn, "plain_cost", 1.0)
+    monkeypatch.setattr(DraftsInTurn, "drafting_cost", None)  # `_serve` sets it
 
 
 def test_long_prompts_with_short_answers_are_not_caught_up_for() -> None:
@@ -90,6 +93,12 @@ def test_gains_of_good_times_are_not_spent_in_bad_ones() -> None:
             num_catch_ups += 1
             account.drafted(1.0, 4.0)
     assert 0 < num_catch_ups * 3.0 < 100
+
+
+def test_single_slow_steps_do_not_close_the_account() -> None:
+    """One step in fifty takes as long as two hundred: those who wait for its end are not to do without drafts for long."""
+    simulation = _serve(60, num_requests=100, slow_every=50)
+    assert simulation.device.num_caught_up > 0.9 * 100 * PROMPT_LEN
 
 
 @pytest.mark.parametrize("plain_cost", [0.001, 0.03])
