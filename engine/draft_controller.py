@@ -138,6 +138,7 @@ class DraftController:
             self._repeat -= 1
             self._steps_since_probe += 1
             return self._last
+        self._repeat = 0
         self._look_back()
         num_arms = sum(count <= most for count in self.draft_counts)
         if num_arms <= 1:

@@ -85,13 +85,13 @@ class CatchUpAccount:
 
     A prompt that is long beside its answer can cost a draft model more than it saves, and nobody knows the length of an answer
     before. So what steps with drafts save is put into an account, what they lose is taken out, and while it is overdrawn nobody
-    else catches up. A small share of the time served is credited besides, so that it is tried again. Where drafts gain next to
+    else catches up. A small share of the steps served is credited besides, so that it is tried again. Where drafts gain next to
     nothing, catching up again and again would cost more than that: `DOUBT` of what they bring counts for nothing.
 
     It counts in steps without drafts, of the same batch, so that it means the same to a model of a millisecond a step and to one of thirty.
     """
 
-    # Beside the 2 % that trying other numbers of drafts may cost.
+    # Beside what trying other numbers of drafts may cost (`DraftController.EXPLORATION_SHARE`).
     SHARE = 0.005
     # Good times do not pay for long bad ones: so much is kept, and what else was saved was saved.
     MOST_STEPS = 64.0
