@@ -343,11 +343,12 @@ def resolve(
         tile_size=tile_size,
         mixed_batches=capabilities.mixed_batches,
     )
-    # A block is out of sight when no layer of either model sees it.
-    windows = {max(layers, key=_window_key) for layers in (m.sliding_windows for m in (model, draft) if m is not None)}
-    same = all(len(set(m.sliding_windows)) == 1 for m in (model, draft) if m is not None)
-    sliding_window = max(windows, key=_window_key) if same else None
     speculation = config.speculation.parsed
+    # A block is out of sight when no layer of either model sees it. A head's entries do not stay in the blocks of their tokens.
+    windows = {max(layers, key=_window_key) for layers in (m.sliding_windows for m in (model, draft) if m is not None)}
+    stays = speculation is None or speculation.method != "eagle3"
+    same = stays and all(len(set(m.sliding_windows)) == 1 for m in (model, draft) if m is not None)
+    sliding_window = max(windows, key=_window_key) if same else None
     return ResolvedConfig(
         dtype=resolve_dtype(config, model, capabilities),
         max_model_len=max_model_len,

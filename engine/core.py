@@ -279,8 +279,6 @@ def _make_scheduler(plan: EnginePlan, clock: Clock) -> Scheduler:
         resolved.block_size,
         enable_prefix_caching=resolved.enable_prefix_caching,
         sliding_window=window,
-        # What a head has of a token hangs on the next one too, which a block of equal hash does not tell.
-        reads_ahead=plan.draft is not None and plan.draft.head is not None,
     )
     drafts, speculation = None, config.speculation.parsed
     if speculation is not None:
@@ -288,8 +286,8 @@ def _make_scheduler(plan: EnginePlan, clock: Clock) -> Scheduler:
         drafts = DraftScheduler(
             kv_cache,
             DraftController((0, *resolved.draft_counts)) if speculation.adaptive else FixedDrafts(most),
-            max_drafts=most,
-            has_draft_cache=has_draft_model,
+            method=speculation.method,
+            draft_counts=resolved.draft_counts,
             tile_size=resolved.limits.tile_size,
             max_tiles=resolved.limits.max_prefill_tiles,
         )

@@ -61,7 +61,7 @@ class Slots:
     min_tokens: Any  # int32
     stop_ids: Any  # [NS] int32
     bad_words: Any  # [NB, LB] int32
-    num_drafted: Any  # int32; leading tokens whose keys and values a draft model's cache holds
+    drafted: Any  # [4] int32; what a drafter's cache has of the row, by name in `quire.engine.drafting.Drafted`
 
 
 @flax.struct.dataclass
@@ -135,7 +135,7 @@ def empty_row(max_model_len: int, vocab_size: int) -> Slots:
         min_tokens=np.int32(0),
         stop_ids=np.full(NUM_STOP_IDS, -1, np.int32),
         bad_words=np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, np.int32),
-        num_drafted=np.int32(0),
+        drafted=np.zeros(4, np.int32),
     )
 
 
@@ -165,7 +165,7 @@ def request_row(admitted: AdmittedRequest, max_model_len: int, vocab_size: int) 
         presence_penalty=np.float32(params.presence_penalty),
         frequency_penalty=np.float32(params.frequency_penalty),
         min_tokens=np.int32(params.min_tokens),
-        num_drafted=np.int32(admitted.num_drafted),
+        drafted=np.asarray((admitted.num_drafted, 0, *admitted.draft_hole), np.int32),
     )
     return replaced
 

@@ -1,4 +1,4 @@
-"""The host's half of speculation: how many tokens are drafted for which rows, and which draft model's caches have to catch up first.
+"""The host's half of speculation: how many tokens are drafted for which rows, and whose draft cache has to be made ready first.
 
 Knows neither the device nor where drafts come from, and nothing it decides can change a token. No jax.
 """
@@ -81,7 +81,7 @@ class FixedDrafts:
 
 
 class CatchUpAccount:
-    """Whether draft models may catch up: what that costs is to be earned again by the steps that it makes faster.
+    """Whether draft models may catch up, and heads be woken: what that costs is to be earned again by the steps that it makes faster.
 
     A prompt that is long beside its answer can cost a draft model more than it saves, and nobody knows the length of an answer
     before. So what steps with drafts save is put into an account, what they lose is taken out, and while it is overdrawn nobody
@@ -132,36 +132,56 @@ class DraftCounters:
 
 
 class DraftScheduler:
-    """Decides about drafts step by step; the scheduler asks."""
+    """Decides about drafts step by step; the scheduler asks.
+
+    A draft model's cache lags behind a row with each round without drafts; up to `MAX_DRAFT_LAG` that does not matter, and then it has to
+    catch up. A head passes over what steps without drafts compute, unless they compute prompts too, and cannot draft in the
+    first step after: that one is made as narrow as any with drafts, to wake it, and what was chosen is done in the next.
+    """
 
     def __init__(
         self,
         kv_cache: KVCacheManager,
         policy: DraftPolicy,
         *,
-        max_drafts: int,
-        has_draft_cache: bool,
+        method: str,
+        draft_counts: Sequence[int],
         tile_size: int,
         max_tiles: int,
     ) -> None:
-        """A draft model's cache catches up in steps of at most `max_tiles` tiles."""
+        """`method` is that of a `SpeculativeConfig`, `draft_counts` the compiled numbers of drafts above 0.
+
+        A draft model's cache catches up in steps of at most `max_tiles` tiles.
+        """
+        max_drafts = max(draft_counts)
         self.policy = policy
         self.max_drafts = max_drafts
         self.counters = DraftCounters(num_accepted_per_pos=[0] * max_drafts)
         self.num_drafts = 0
         """Of the step that was planned last."""
         self.concerns_rows = False
-        """Whether a row of that step drafts or catches up: only then there is anything to do for each."""
+        """Whether a row of that step drafts, catches up or is woken: only then there is anything to do for each."""
+        self.wakes_head = False
+        """Whether the head of a row of that step is woken."""
         self._kv_cache = kv_cache
-        self._has_draft_cache = has_draft_cache
+        self._has_draft_model = method == "draft_model"
+        self._has_head = method == "eagle3"
+        self._keeps_cache = method != "ngram"
+        # How far a row's cache may lag for it to draft.
+        self._most_lag = 0 if self._has_head else MAX_DRAFT_LAG
+        self._least_drafts = min(draft_counts)
         self._tile_size = tile_size
         self._max_tiles = max_tiles
         self.account = CatchUpAccount()
         # Of the last steps that caught up, in steps without drafts.
         self._tile_costs: deque[float] = deque(maxlen=9)
-        # Rounds so far: each brings a row a token at least, which a draft model lacks unless it drafts. Counted here and not for each
-        # row, which would cost time in every step without drafts.
+        # Rounds so far of which a draft cache may lack something: each brings a row a token at least, which a draft model lacks unless
+        # it drafts, and a head if nobody does. Counted here and not for each row, which would cost time in every step without drafts.
         self._num_rounds = 0
+        # Whether the last step was given to the head.
+        self._is_given = False
+        # What was chosen for a step that had to wake the head first; 0 for nothing.
+        self._postponed = 0
         # Of the step that is being planned: who is drafted for, and how many tiles each catches up with.
         self._ready: set[str] = set()
         self._num_tiles: dict[str, int] = {}
@@ -173,26 +193,33 @@ class DraftScheduler:
         if self.concerns_rows:
             self._ready.clear()
             self._num_tiles.clear()
-            self.concerns_rows = False
+            self.concerns_rows = self.wakes_head = False
         if not may_draft or self.policy.rests():
             return 0
         requests = list(islice(decoding, most_rows))
         if not requests:
             return 0
         limits = [request.max_drafts if self._may_draft(request) else 0 for request in requests]
-        wanted = self.policy.choose(len(requests), [request.draft_acceptance for request in requests], limits)
+        wanted, self._postponed = self._postponed, 0
+        if not 0 < wanted <= max(limits):
+            wanted = self.policy.choose(len(requests), [request.draft_acceptance for request in requests], limits)
         if wanted:
             tiles_left = self._max_tiles
             for request, limit in zip(requests, limits, strict=True):
                 if limit:
                     tiles_left = self._make_ready(request, tiles_left)
-            self.concerns_rows = bool(self._ready or self._num_tiles)
+            self.concerns_rows = bool(self._ready or self._num_tiles or self.wakes_head)
         # Rows that only catch up need no wider step.
         self.num_drafts = wanted if self._ready else 0
+        if self.wakes_head:
+            self.num_drafts, self._postponed = self._least_drafts, wanted
         return self.num_drafts
 
     def _make_ready(self, request: Request, tiles_left: int) -> int:
-        """Lets a row draft, or catch up first as far as there are tiles; how many are left."""
+        """Lets a row draft, or be woken first, or catch up as far as there are tiles; how many are left."""
+        if self._has_head and self._lag(request):
+            self.wakes_head = True
+            return tiles_left
         num_tiles = self._num_tiles_behind(request)
         num_taken = min(num_tiles, tiles_left)
         if num_taken:
@@ -210,18 +237,27 @@ class DraftScheduler:
 
     def admitted(self, request: Request) -> None:
         """The request took its place; its first blocks may be others' too."""
-        request.num_drafted = 0
-        if self._has_draft_cache:
-            request.num_drafted = self._kv_cache.num_drafted(request, 0)
-        self._set_lag(request, len(request.token_ids) - request.num_drafted)
         request.is_catching_up = False
+        request.num_drafted = self._kv_cache.num_drafted(request, 0) if self._keeps_cache else 0
+        self._set_lag(request, len(request.token_ids) - request.num_drafted)
+        if self._has_head:
+            # All that is not cached will be given to the head.
+            first, end = (
+                num_tokens // self._kv_cache.block_size
+                for num_tokens in (request.num_drafted, request.num_computed_tokens)
+            )
+            request.draft_hole = (first, end - first)
+            request.num_in_place = request.max_total_tokens
+            self._set_lag(request, 0)
 
     def planned(self, request: Request, num_drafts: int, num_steps: int) -> None:
         """The request's row is part of the step, with so many drafts in each of its `num_steps` rounds.
 
         To be called before the tokens of the step count as in flight, and only where the step `concerns_rows`.
         """
-        if not self._has_draft_cache:
+        if self._has_head:
+            self._set_lag(request, 0)
+        if not self._has_draft_model:
             return
         num_tiles = self._num_tiles.get(request.request_id, 0)
         if num_tiles:
@@ -231,24 +267,40 @@ class DraftScheduler:
             self._set_lag(request, 2 - num_steps)
 
     def end_step(self, num_steps: int) -> list[CatchUp]:
-        """The step has rows, which are all planned, and `num_steps` rounds. What has to be computed before it."""
+        """The step has decode rows, which are all planned, and `num_steps` rounds. What has to be computed before it."""
+        if self._has_head:
+            return []
         self._num_rounds += num_steps
         catch_ups, self._catch_ups = self._catch_ups, []
         return catch_ups
 
     def sampled(self, request: Request) -> None:
         """A prompt's end was computed, and brings a token."""
-        request.drafted_until -= 1
+        if self._has_draft_model:
+            request.drafted_until -= 1
+
+    def give_to_head(self, running: Iterable[Request], num_steps: int, *, has_prompts: bool) -> None:
+        """The step is planned as a whole, its decode rows among `running`: what it computes is given to a head, or passed over."""
+        if not self._has_head:
+            return
+        was_given, self._is_given = self._is_given, has_prompts or self.num_drafts > 0
+        if self._is_given:
+            return
+        self._num_rounds += num_steps
+        if was_given:
+            for request in running:
+                # It had so many tokens at least before this step. Their entries are not moved by what comes.
+                request.num_in_place = min(request.num_in_place, request.least_tokens - num_steps - 1)
 
     def _may_draft(self, request: Request) -> bool:
         """Whether the row needs no catching up, or may have it; who has begun comes to the end."""
-        is_paid = not self._has_draft_cache or self.account.is_open or request.is_catching_up
-        return is_paid or self._lag(request) <= MAX_DRAFT_LAG
+        is_paid = not self._keeps_cache or self.account.is_open or request.is_catching_up
+        return is_paid or self._lag(request) <= self._most_lag
 
     def _lag(self, request: Request) -> int:
-        """At most so many of the newest tokens are missing in the draft model's cache; others may have filled shared blocks meanwhile."""
+        """At most so many of the newest tokens are missing in the draft cache; others may have filled a model's shared blocks meanwhile."""
         lag = self._num_rounds - request.drafted_until
-        if lag > MAX_DRAFT_LAG:
+        if lag > MAX_DRAFT_LAG and self._has_draft_model:
             start = self._kv_cache.num_drafted(request, request.num_drafted)
             if start > request.num_drafted:
                 self._advance(request, start)
@@ -258,7 +310,7 @@ class DraftScheduler:
         request.drafted_until = self._num_rounds - lag
 
     def _num_tiles_behind(self, request: Request) -> int:
-        if not self._has_draft_cache or self._lag(request) <= MAX_DRAFT_LAG:
+        if not self._has_draft_model or self._lag(request) <= MAX_DRAFT_LAG:
             return 0
         # One at least: it tells the device what others have computed.
         return max(-(-(request.most_tokens - 1 - request.num_drafted) // self._tile_size), 1)
@@ -276,17 +328,19 @@ class DraftScheduler:
 
     def observe_step(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
         """A step took so long, catching up included, and brought this."""
-        if self._has_draft_cache:
+        if self._keeps_cache:
             self.account.served(step.num_decode_steps)
         num_rows = len(step.decode)
         if step.prefill:
             self.policy.observe_other_step(num_rows, None)
             return
-        if step.catch_up:  # its cost is in the account, and in no round's
+        if step.wakes_head:
+            self.policy.observe_other_step(num_rows, None)
+        elif step.catch_up:  # its cost is in the account, and in no round's
             self.policy.observe_other_step(num_rows, step.num_drafts, step.num_decode_steps)
         else:
             self.policy.observe_step(num_rows, step.num_drafts, seconds, step.num_decode_steps)
-        if self._has_draft_cache and (step.num_drafts or step.catch_up):
+        if self._keeps_cache and (step.num_drafts or step.catch_up):
             self._settle(step, seconds / step.num_decode_steps, outputs)
 
     def _settle(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
@@ -307,7 +361,7 @@ class DraftScheduler:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""
         for num_drafts, num_accepted in rounds:
             if not num_drafts:
-                if num_asked and not self._has_draft_cache:
+                if num_asked and not self._keeps_cache:
                     # Nothing to propose: the row's share of the wider step was for nothing.
                     self.policy.observe_round(request.draft_acceptance, num_asked, 0)
                 continue
@@ -317,7 +371,7 @@ class DraftScheduler:
             for position in range(num_accepted):
                 self.counters.num_accepted_per_pos[position] += 1
             self.policy.observe_round(request.draft_acceptance, num_drafts, num_accepted)
-        if self._has_draft_cache and request.slot >= 0 and rounds and rounds[-1].num_drafts:
+        if self._has_draft_model and request.slot >= 0 and rounds and rounds[-1].num_drafts:
             num_drafts, num_accepted = rounds[-1]
             # The draft model has read all of the row's tokens but those of the last round, and of these its own but the last.
             before = len(request.token_ids) - num_accepted - 1

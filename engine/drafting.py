@@ -97,15 +97,14 @@ class Verified:
     kept: Rectangles
     """The tokens that the step computed and that stay, in the places that they were computed in."""
     captured: jax.Array | None
-    """[T, n x D], the inputs of the captured layers."""
+    """[T, n x D], the inputs of the captured layers, where there are any."""
 
 
 class Drafter(Protocol):
     """Where drafts come from. Frozen and hashable: it is static for every step."""
 
-    @property
-    def captured_layers(self) -> tuple[int, ...]:
-        """The layers of the target whose inputs it reads, in every step."""
+    def captured_layers(self, shape: StepShape) -> tuple[int, ...]:
+        """The layers of the target whose inputs it reads in a step of this shape."""
         ...
 
     def changed_by(self, shape: StepShape) -> Collection[str]:
@@ -137,7 +136,9 @@ class NgramDrafter:
 
     min_tokens: int
     max_tokens: int
-    captured_layers: tuple[int, ...] = ()
+
+    def captured_layers(self, shape: StepShape) -> tuple[int, ...]:
+        return ()
 
     def changed_by(self, shape: StepShape) -> Collection[str]:
         return ()
@@ -157,6 +158,30 @@ class NgramDrafter:
 
     def observe(self, step: DraftStep, state: DeviceState, verified: Verified) -> DeviceState:
         return state
+
+
+@flax.struct.dataclass
+class Drafted:
+    """What a drafter's cache has of rows: `Slots.drafted` by name, each [R] int32. What is read may be anything: clip what indexes."""
+
+    num_tokens: Any  # leading tokens that a draft model has; that a head was given, or has passed over
+    num_passed_over: Any  # by a head, since it had the row's prompt: what came after them lies so many places earlier
+    hole_start: Any  # the first block in which a head has nothing of the row, though the target has
+    hole_blocks: Any  # how many there are
+
+    @classmethod
+    def of(cls, slots: Slots, slot_ids: jax.Array) -> Drafted:
+        """Of slots `slot_ids` [R] int32, within bounds."""
+        drafted = slots.drafted[slot_ids]
+        return cls(*(drafted[:, column] for column in range(drafted.shape[1])))
+
+    def write(self, slots: Slots, slot_ids: jax.Array) -> Slots:
+        """The slots with these numbers in `slot_ids`, of which none is there twice but the sink, whose are without meaning."""
+        fields = (self.num_tokens, self.num_passed_over, self.hole_start, self.hole_blocks)
+        written: Slots = slots.replace(  # type: ignore[attr-defined]
+            drafted=slots.drafted.at[slot_ids].set(jnp.stack(fields, axis=1), mode="promise_in_bounds")
+        )
+        return written
 
 
 def write_tokens(slots: Slots, slot_ids: jax.Array, places: jax.Array, token_ids: jax.Array) -> Slots:
@@ -204,14 +229,16 @@ class ModelDrafter:
     """Drafts with a smaller model of the same vocabulary, whose cache lies under the target's block tables."""
 
     part: StepModel
-    captured_layers: tuple[int, ...] = ()
+
+    def captured_layers(self, shape: StepShape) -> tuple[int, ...]:
+        return ()
 
     def changed_by(self, shape: StepShape) -> Collection[str]:
-        return ("draft_cache", "num_drafted") if shape.num_drafts or shape.is_catch_up else ()
+        return ("draft_cache", "drafted") if shape.num_drafts or shape.is_catch_up else ()
 
     def draft(self, step: DraftStep, state: DeviceState, limits: jax.Array) -> tuple[DeviceState, jax.Array]:
         slots, cache, rows, sampling = state.slots, state.draft_cache, step.rows, step.shape.sampling
-        num_drafted = jnp.clip(slots.num_drafted[rows.slots], 0, rows.num_tokens)
+        num_drafted = jnp.clip(Drafted.of(slots, rows.slots).num_tokens, 0, rows.num_tokens)
         lag = rows.num_tokens - num_drafted  # never 0 for an active row: its newest token is new to both models
         num_drafts = jnp.where((lag > 0) & (lag <= MAX_DRAFT_LAG), jnp.maximum(limits, 0), 0)
         start = num_drafted
@@ -245,9 +272,7 @@ class ModelDrafter:
         num_drafted = rows.num_tokens + jnp.minimum(num_drafts - 1, verified.num_accepted)
         slot_ids = jnp.where(num_drafts > 0, rows.slots, slots.num_tokens.shape[0] - 1)
         counted = jnp.where(num_drafts > 0, num_drafted, 0)
-        slots = slots.replace(  # type: ignore[attr-defined]
-            num_drafted=slots.num_drafted.at[slot_ids].set(counted, mode="promise_in_bounds")
-        )
+        slots = Drafted.of(slots, slot_ids).replace(num_tokens=counted).write(slots, slot_ids)  # type: ignore[attr-defined]
         return state.replace(slots=slots)  # type: ignore[attr-defined, no-any-return]
 
     def catch_up(
@@ -260,15 +285,13 @@ class ModelDrafter:
         tables = inputs.tiles[:, CatchUpInput.COLUMNS :]
         slot_ids = jnp.clip(inputs.tiles[:, 0], 0, sink)
         num_known = jnp.clip(slots.num_tokens[slot_ids] - 1, 0, max_len)
-        begin = jnp.clip(jnp.maximum(slots.num_drafted[slot_ids], starts), 0, max_len)
+        begin = jnp.clip(jnp.maximum(Drafted.of(slots, slot_ids).num_tokens, starts), 0, max_len)
         start = jnp.clip(begin + jnp.clip(tile_idx, 0, shape.prefill_tiles) * tile_size, 0, max_len)
         lens = jnp.clip(num_known - start, 0, tile_size)
         _, cache = self._run(slots, state.draft_cache, weights, slot_ids, tables, start, lens, tile_size, block_size)
         counted = jnp.where(is_last, slot_ids, sink)
         ends = jnp.where(counted == sink, 0, jnp.maximum(begin, jnp.minimum(num_known, start + tile_size)))
-        slots = slots.replace(  # type: ignore[attr-defined]
-            num_drafted=slots.num_drafted.at[counted].set(ends, mode="promise_in_bounds")
-        )
+        slots = Drafted.of(slots, counted).replace(num_tokens=ends).write(slots, counted)  # type: ignore[attr-defined]
         return state.replace(slots=slots, draft_cache=cache)  # type: ignore[attr-defined, no-any-return]
 
     def _run(

@@ -51,19 +51,14 @@ class KVCacheManager:
         *,
         enable_prefix_caching: bool,
         sliding_window: int | None = None,
-        reads_ahead: bool = False,
     ) -> None:
-        """`sliding_window` is given when *every* layer has one: blocks that lie before it are freed while the request runs.
-
-        `reads_ahead` when what is kept of a token hangs on the token after it: the last block of a prefix is then computed anew.
-        """
+        """`sliding_window` is given when *every* layer has one: blocks that lie before it are freed while the request runs."""
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, enable_caching=enable_prefix_caching)
         self._enable_prefix_caching = enable_prefix_caching
         self._sliding_window = sliding_window
-        self._reads_ahead = reads_ahead
         self._being_computed: dict[bytes, str] = {}
-        # Full blocks whose tokens a draft model's cache has as well.
+        # Full blocks whose tokens a draft model's cache has as well, or for all of which a head's has an entry.
         self._drafted: set[int] = set()
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
@@ -88,8 +83,6 @@ class KVCacheManager:
             if block is None:
                 break
             blocks.append(block)
-        if self._reads_ahead:
-            del blocks[-1:]
         num_free = sum(self.pool.is_free(block) for block in blocks)
         return CachedPrefix(tuple(blocks), len(blocks) * self.block_size, num_free)
 
@@ -132,7 +125,7 @@ class KVCacheManager:
         return blocks
 
     def num_drafted(self, request: Request, at_least: int) -> int:
-        """Leading tokens that the draft model's cache has, `at_least` so many: those, and the blocks after them that others filled."""
+        """Leading tokens that a drafter's cache has, `at_least` so many: those, and the blocks after them that others filled."""
         idx = at_least // self.block_size
         while idx < len(request.block_ids) and request.block_ids[idx] in self._drafted:
             idx += 1
@@ -161,6 +154,8 @@ class KVCacheManager:
             block_hash = request.block_hashes[idx]
             if request.block_ids[idx] != NULL_BLOCK:
                 self.pool.publish(request.block_ids[idx], block_hash)
+                if (idx + 1) * self.block_size <= request.num_in_place:
+                    self._drafted.add(request.block_ids[idx])
             self._disown(request, block_hash)
         request.num_hashed_blocks = num_full
 

@@ -55,8 +55,8 @@ def step_source(
 
 
 def weights_of(config: StepConfig, shape: StepShape, weights: Weights) -> Weights:
-    """Those that a step of this shape reads: one model's, unless it drafts, or something that drafts reads every step."""
-    if shape.num_drafts or (config.drafter is not None and config.drafter.captured_layers):
+    """Those that a step of this shape reads: one model's, unless it drafts, or what drafts reads along."""
+    if shape.num_drafts or (config.drafter is not None and config.drafter.captured_layers(shape)):
         return weights
     return Weights(None, weights.draft) if shape.is_catch_up else Weights(weights.target)
 

@@ -39,6 +39,7 @@ class Request:
         "block_ids",
         "cache_salt",
         "draft_acceptance",
+        "draft_hole",
         "drafted_until",
         "end_ids",
         "eos_token_ids",
@@ -52,6 +53,7 @@ class Request:
         "num_drafted",
         "num_hashed_blocks",
         "num_in_flight",
+        "num_in_place",
         "num_nulled_blocks",
         "num_preemptions",
         "num_prompt_logprobs",
@@ -103,6 +105,9 @@ class Request:
         self.num_drafted = 0
         self.drafted_until = 0
         self.is_catching_up = False
+        # Of a head: the blocks in which it has nothing, first and how many, and the leading tokens whose entries are where they belong.
+        self.draft_hole = (0, 0)
+        self.num_in_place = 0
         # Owned by the KV cache manager.
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

@@ -160,6 +160,8 @@ class Scheduler:
             self._schedule_decodes(plan)
         if not (plan.decode or plan.prefill):
             return None
+        if self.drafts is not None:
+            self.drafts.give_to_head(self.running, plan.num_decode_steps, has_prompts=bool(plan.prefill))
         for request in plan.chunked:
             self.kv_cache.publish_full_blocks(request)
         self._last_was_prefill = bool(plan.prefill)
@@ -233,6 +235,7 @@ class Scheduler:
         if drafts is not None:
             decoding = (request for request in running if request.can_decode)
             plan.num_drafts = drafts.begin_step(decoding, plan.tokens_left, may_draft=plan.may_draft)
+            plan.wakes_head = drafts.wakes_head
         concerned = drafts if drafts and drafts.concerns_rows else None
         while idx < len(running) and len(plan.decode) < plan.tokens_left:
             request = running[idx]

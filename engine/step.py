@@ -182,7 +182,7 @@ def verify(
     slots = state.slots
     rectangles = _lay_out(shape, config.block_size, slots, inputs, rows, num_drafts)
     target = config.target
-    captured_layers = () if config.drafter is None else config.drafter.captured_layers
+    captured_layers = () if config.drafter is None else config.drafter.captured_layers(shape)
     hidden, kv_cache, captured = target.run(
         weights.target,
         rectangles.token_ids,

@@ -45,6 +45,8 @@ class AdmittedRequest(NamedTuple):
     block_ids: list[int]
     num_drafted: int = 0
     """Leading tokens that a draft model's cache has already, in blocks that the request shares."""
+    draft_hole: tuple[int, int] = (0, 0)
+    """Blocks in which a head has nothing of the request, though the target has: the first, and how many."""
 
 
 class DecodeRow(NamedTuple):
@@ -116,6 +118,8 @@ class SchedulerOutput:
     num_padding_tiles: int = 0
     num_drafts: int = 0
     catch_up: list[CatchUp] = field(default_factory=list)
+    wakes_head: bool = False
+    """Whether it has the width of a step with drafts for rows that cannot have any before the next: a head passed their tokens over."""
     brings_known: bool = False
     """Whether nothing is drafted, and every decode row surely gets as many tokens as its `num_tokens` says. It may get fewer: those of a
     step before, not read yet, may have brought it to its end."""

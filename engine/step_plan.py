@@ -24,6 +24,7 @@ class StepPlan:
     prefill: list[PrefillChunk] = field(default_factory=list)
     chunked: list[Request] = field(default_factory=list)
     catch_up: list[CatchUp] = field(default_factory=list)
+    wakes_head: bool = False
     has_preempted: bool = False
     num_padding_tiles: int = 0
     brings_known: bool = True
@@ -41,6 +42,7 @@ class StepPlan:
             num_padding_tiles=self.num_padding_tiles,
             num_drafts=self.num_drafts,
             catch_up=self.catch_up,
+            wakes_head=self.wakes_head,
             brings_known=self.brings_known and not self.num_drafts,
         )
 
@@ -69,4 +71,5 @@ def admitted_request(request: Request) -> AdmittedRequest:
         bad_words=request.source.bad_words,
         block_ids=list(request.block_ids),
         num_drafted=request.num_drafted,
+        draft_hole=request.draft_hole,
     )

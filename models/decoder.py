@@ -283,12 +283,13 @@ def attention(
 
 
 def keys_values(
-    layer: Mapping[str, Any], config: ModelConfig, x: Array, rope: tuple[Array, Array]
+    layer: Mapping[str, Any], config: ModelConfig, x: Array, rope: tuple[Array, Array], is_used: Array | None = None
 ) -> tuple[Array, Array]:
-    """A layer's keys, rotated, and values for x [T, I], normed already: two [T, K, H]."""
+    """A layer's keys, rotated, and values for x [T, I], normed already: two [T, K, H]. Those that `is_used` [T] bool leaves out may be
+    anything."""
     num_tokens = x.shape[0]
-    k = linear(x, layer["k_proj"], layer.get("k_bias")).reshape(num_tokens, -1, config.head_dim)  # [T, K, H]
-    v = linear(x, layer["v_proj"], layer.get("v_bias")).reshape(num_tokens, -1, config.head_dim)
+    k = linear(x, layer["k_proj"], layer.get("k_bias"), is_used).reshape(num_tokens, -1, config.head_dim)  # [T, K, H]
+    v = linear(x, layer["v_proj"], layer.get("v_bias"), is_used).reshape(num_tokens, -1, config.head_dim)
     if config.qk_norm:
         k = norm(k, layer["k_norm"], config)
     return apply_rope(k, *rope), v

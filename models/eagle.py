@@ -185,9 +185,12 @@ def embed_for_head(
     return embed(table, config.model, token_ids, params["norm"].dtype, parallel)
 
 
-def fuse_features(params: Params, captured: Array) -> Array:
-    """Features [T, D] of the target's hidden states [T, n * Dt], as `forward` captures them; in their dtype."""
-    return linear(captured, params["fc"])
+def fuse_features(params: Params, captured: Array, is_used: Array | None = None) -> Array:
+    """Features [T, D] of the target's hidden states [T, n * Dt], as `forward` captures them; in their dtype.
+
+    Those of tokens that `is_used` [T] bool leaves out may hold anything.
+    """
+    return linear(captured, params["fc"], is_used=is_used)
 
 
 def head_forward(
@@ -219,11 +222,19 @@ def head_forward(
 
 
 def head_keys_values(
-    params: Params, config: EagleConfig, embeddings: Array, features: Array, positions: Array
+    params: Params,
+    config: EagleConfig,
+    embeddings: Array,
+    features: Array,
+    positions: Array,
+    is_used: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The keys, rotated, and values that `head_forward` calls `attend` with, two [T, K, H]: for entries whose result nobody needs."""
+    """The keys, rotated, and values that `head_forward` calls `attend` with, two [T, K, H]: for entries whose result nobody needs.
+
+    Those of tokens that `is_used` [T] bool leaves out may hold anything.
+    """
     inputs, _ = _layer_inputs(params, config, embeddings, features)
-    return keys_values(params, config.model, inputs, _rope(config, positions))
+    return keys_values(params, config.model, inputs, _rope(config, positions), is_used)
 
 
 def head_logits(

@@ -26,9 +26,12 @@ def activate(x: Array, activation: str) -> Array:
     return y.astype(x.dtype)
 
 
-def linear(x: Array, weight: Array | Weight, bias: Array | None = None) -> Array:
-    """x [T, I] times weight [I, O], plus bias [O]; summed in float32, x's dtype out."""
-    y = matmul(x, weight)
+def linear(x: Array, weight: Array | Weight, bias: Array | None = None, is_used: Array | None = None) -> Array:
+    """x [T, I] times weight [I, O], plus bias [O]; summed in float32, x's dtype out.
+
+    Rows that `is_used` [T] bool leaves out may hold anything.
+    """
+    y = matmul(x, weight, is_used)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None, :]
     return y.astype(x.dtype)

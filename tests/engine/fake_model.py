@@ -22,6 +22,7 @@ from quire.engine.outputs import FinishReason
 from quire.engine.request import EngineCoreRequest, Request
 from quire.engine.sampling_params import SamplingParams
 from quire.engine.scheduler import Scheduler
+from quire.engine.speculation import Method
 from quire.engine.step_data import (
     CatchUp,
     DecodeRow,
@@ -36,6 +37,13 @@ from quire.engine.step_data import (
 
 VOCAB_SIZE = 13
 EOS = 0
+
+
+class Entry(NamedTuple):
+    """What a head keeps of a token: it hangs on the one after it too."""
+
+    cell: Cell
+    following: int
 
 
 class Cell(NamedTuple):
@@ -58,6 +66,11 @@ class _Slot:
     table: list[int]
     salt: str | None
     num_drafted: int = 0
+    """That a draft model has, or that a head was given."""
+    num_passed_over: int = 0
+    draft_hole: tuple[int, int] = (0, 0)
+    num_cached: int = -1
+    """Of its tokens, when it took its place; below 0 until its first chunk."""
 
     def append(self, token_id: int) -> None:
         self.tokens.append(token_id)
@@ -117,11 +130,13 @@ class FakeDevice:
         max_num_batched_tokens: int,
         max_model_len: int,
         sliding_window: int | None = None,
-        has_draft_cache: bool = False,
+        method: Method = "ngram",
     ) -> None:
         self._cells: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._draft_cells: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
-        self._has_draft_cache = has_draft_cache
+        self._entries: list[list[Entry | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._has_draft_model = method == "draft_model"
+        self._has_head = method == "eagle3"
         self._block_size = block_size
         self._blocks_per_row = -(-max_model_len // block_size)
         self._limits = limits
@@ -133,6 +148,8 @@ class FakeDevice:
         self.speculates = False
         self.num_ready = 0
         self.num_caught_up = 0
+        self.num_woken = 0
+        self.num_entries_beyond_holes = 0
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Runs a step. The order of calls is the order on the device; the result may be handed back later."""
@@ -151,11 +168,13 @@ class FakeDevice:
                 table,
                 self.salts[admitted.request_id],
                 admitted.num_drafted,
+                draft_hole=admitted.draft_hole,
             )
             for token_id in admitted.token_ids:
                 slot.append(token_id)
             self._slots[admitted.slot] = slot
-            self._check_drafted(slot)
+            if self._has_draft_model:
+                self._check_drafted(slot)
         for update in step.block_updates:
             table = self._slots[update.slot].table
             assert update.first_idx + len(update.block_ids) <= len(table), update
@@ -215,12 +234,21 @@ class FakeDevice:
                 token_id = _sample(slot.histories[-1], num_output, slot.params, slot.stop_ids)
                 slot.append(token_id)
                 sampled.setdefault(slot_idx, []).append(token_id)
+        if self._has_head and (step.num_drafts or step.prefill):
+            decoded = {row.slot for row in step.decode}
+            for slot_idx, start, end in spans:
+                self._give_to_head(self._slots[slot_idx], start, end, decodes=slot_idx in decoded)
 
     def _draft(self, slot: _Slot, row: DecodeRow) -> DraftRound:
         """Drafts for a row, some of which turn out to be what is sampled; the accepted ones are appended."""
         num_tokens = len(slot.tokens)
         num_drafts = min(row.num_drafts, slot.max_total_tokens - num_tokens - 1)
-        if self._has_draft_cache and num_drafts > 0:
+        if self._has_head and num_drafts > 0:
+            self._check_head(slot)
+            # Its own results stand for the target's, until those are there.
+            for position in range(num_tokens - 1, num_tokens - 2 + num_drafts):
+                self._write_entry(slot, Entry(Cell(position, -1, slot.salt), -1))
+        if self._has_draft_model and num_drafts > 0:
             lag = num_tokens - slot.num_drafted
             assert 1 <= lag <= MAX_DRAFT_LAG, f"{slot.request_id} drafts with {lag} tokens missing"
             self._check_drafted(slot)
@@ -228,7 +256,7 @@ class FakeDevice:
         for _ in range(num_accepted):
             num_output = len(slot.tokens) - slot.prompt_len
             slot.append(_sample(slot.histories[-1], num_output, slot.params, slot.stop_ids))
-        if self._has_draft_cache and num_drafts > 0:
+        if self._has_draft_model and num_drafts > 0:
             end = num_tokens + min(num_drafts - 1, num_accepted)
             self._write_drafted(slot, slot.num_drafted, end)
             slot.num_drafted = end
@@ -258,6 +286,49 @@ class FakeDevice:
             block, offset = slot.table[position // self._block_size], position % self._block_size
             wanted = Cell(position, slot.histories[position], slot.salt)
             assert self._draft_cells[block][offset] == wanted, f"{slot.request_id} drafts from a foreign {position}"
+
+    def _give_to_head(self, slot: _Slot, start: int, end: int, *, decodes: bool) -> None:
+        """Entries of tokens `start ... end - 1`, each of which hangs on the token after it."""
+        if decodes:
+            self.num_woken += slot.num_drafted < start
+            slot.num_passed_over += max(start - slot.num_drafted, 0)
+        elif slot.num_cached < 0:
+            slot.num_cached = start
+        for position in range(start, end):
+            cell = Cell(position, slot.histories[position], slot.salt)
+            self._write_entry(slot, Entry(cell, slot.tokens[position + 1]))
+        slot.num_drafted = end
+
+    def _write_entry(self, slot: _Slot, entry: Entry) -> None:
+        place = entry.cell.position - slot.num_passed_over
+        block = slot.table[place // self._block_size]
+        assert block != 0, f"{slot.request_id} writes {entry} to the null block"
+        self._entries[block][place % self._block_size] = entry
+
+    def _check_head(self, slot: _Slot) -> None:
+        """All that the head sees, hole left out, are the row's own entries in order, up to that of its newest token but one.
+
+        The last of a shared block may hang on what followed in the text of whoever filled it.
+        """
+        assert slot.num_drafted == len(slot.tokens) - 1, f"{slot.request_id} drafts though its head sleeps"
+        first, num_blocks = slot.draft_hole
+        table = [*slot.table[:first], *slot.table[first + num_blocks :]]
+        num_entries = slot.num_drafted - slot.num_passed_over - num_blocks * self._block_size
+        size, last = self._block_size, -1
+        for place in range(num_entries):
+            entry = self._entries[table[place // size]][place % size]
+            assert entry is not None, f"{slot.request_id} drafts from nothing"
+            position = entry.cell.position
+            assert position > last, f"{slot.request_id} has an entry of {position} after one of {last}"
+            last = position
+            wanted = Cell(position, slot.histories[position], slot.salt)
+            assert entry.cell == wanted, f"{slot.request_id} drafts from a foreign entry of {position}"
+            is_shared = position < slot.num_cached and (position + 1) % size == 0
+            assert is_shared or entry.following == slot.tokens[position + 1], (
+                f"{slot.request_id} drafts from other text"
+            )
+        assert last == len(slot.tokens) - 2, (slot.request_id, last)
+        self.num_entries_beyond_holes += num_entries if num_blocks else 0
 
     def _write_rejected(self, slot: _Slot, start: int, end: int) -> None:
         """Drafts that were not accepted are written all the same, to places that must be the row's own."""
@@ -343,7 +414,7 @@ class Setup:
     priority_seconds: float = 0.0
     draft_counts: tuple[int, ...] = ()
     """How many tokens each step drafts, one after the other; none without speculation."""
-    has_draft_cache: bool = False
+    method: Method = "ngram"
 
 
 class DraftsInTurn:
@@ -409,8 +480,10 @@ class Simulation:
         )
         # As the engine has it: a draft model goes over the newest tokens once more.
         window = setup.sliding_window
-        if window is not None and setup.has_draft_cache:
+        if window is not None and setup.method == "draft_model":
             window += MAX_DRAFT_LAG
+        if setup.method == "eagle3":  # entries do not stay in the blocks of their tokens
+            window = None
         kv_cache = KVCacheManager(
             setup.num_blocks,
             setup.block_size,
@@ -422,8 +495,8 @@ class Simulation:
             drafts = DraftScheduler(
                 kv_cache,
                 DraftsInTurn(setup.draft_counts),
-                max_drafts=max(setup.draft_counts),
-                has_draft_cache=setup.has_draft_cache,
+                method=setup.method,
+                draft_counts=sorted({count for count in setup.draft_counts if count}),
                 tile_size=setup.tile_size,
                 max_tiles=setup.max_prefill_tiles,
             )
@@ -448,7 +521,7 @@ class Simulation:
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_model_len=setup.max_model_len,
             sliding_window=setup.sliding_window,
-            has_draft_cache=setup.has_draft_cache,
+            method=setup.method,
         )
         self.seconds_of: Callable[[SchedulerOutput], float] = lambda _: STEP_SECONDS
         self.seconds = 0.0

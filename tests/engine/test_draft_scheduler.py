@@ -26,7 +26,7 @@ def _serve(
         Setup(
             num_blocks=200,
             draft_counts=draft_counts,
-            has_draft_cache=True,
+            method="draft_model",
             enable_prefix_caching=False,
             max_model_len=128,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from quire.engine import LLM, RequestOutput, SamplingParams
+from quire.engine.step_data import SchedulerOutput
 from quire.kernels.errors import ModelError
 from quire.models.checkpoint import save_params
 from quire.models.decoder import forward
@@ -20,6 +22,7 @@ from quire.models.eagle_checkpoint import load_eagle_config, load_eagle_params
 from quire.models.params import init_params
 from quire.models.registry import load_config
 from tests.engine.engines import XLA_KERNELS, FewShapesBackend, InterpretedBackend, check_idle, generate, tiny_folder
+from tests.engine.fake_model import DraftsInTurn
 from tests.engine.test_laws import PARAMS, PROMPTS, assert_same
 from tests.models.heads import PUBLISHED, Head, write_head
 from tests.models.helpers import dense_attend, quick_jit
@@ -51,8 +54,10 @@ def head_folder(draft_vocab_size: int = 60, seed: int = 0) -> Path:
 
 
 @functools.cache
-def engine(num_drafts: int, *, scan_layers: bool = False, mixed_batches: bool = True, **settings: Any) -> LLM:
-    speculation = {"method": "eagle3", "model": str(head_folder()), "adaptive": False}
+def engine(
+    num_drafts: int, *, adaptive: bool = False, scan_layers: bool = False, mixed_batches: bool = True, **settings: Any
+) -> LLM:
+    speculation = {"method": "eagle3", "model": str(head_folder()), "adaptive": adaptive}
     backend = FewShapesBackend(scan_layers=scan_layers, mixed_batches=mixed_batches)
     if num_drafts:
         settings["speculative_config"] = {**speculation, "num_speculative_tokens": num_drafts}
@@ -84,21 +89,29 @@ class Oracle:
         )
         return fuse_features(self.head_params, out.captured)
 
-    def _all_hidden(self, token_ids: jax.Array, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The entry of position t is the feature of t and the token of t + 1."""
-        positions = jnp.arange(MAX_LEN, dtype=jnp.int32)
-        embeddings = embed_for_head(self.head_params, self.head, self.params, jnp.roll(token_ids, -1))
-        attend = dense_attend(self.head.model)
-        hidden, _ = head_forward(self.head_params, self.head, embeddings, features, positions, None, attend)
-        return hidden, head_logits(self.head_params, self.head, hidden)
+    def _all_hidden(
+        self, token_ids: jax.Array, features: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The entry of position t is the feature of t and the token of t + 1; over `positions` [MAX_LEN], each of them after all before it.
 
-    def drafts(self, token_ids: list[int], count: int) -> list[int]:
-        """The likeliest of FEW, `count` times, after all of these tokens."""
+        Results are by position, without meaning where there is none.
+        """
+        embeddings = embed_for_head(self.head_params, self.head, self.params, jnp.roll(token_ids, -1)[positions])
+        attend = dense_attend(self.head.model)
+        entering = features[positions]
+        hidden, _ = head_forward(self.head_params, self.head, embeddings, entering, positions, None, attend)
+        logits = head_logits(self.head_params, self.head, hidden)
+        return features.at[positions].set(hidden), jnp.zeros((MAX_LEN, logits.shape[1])).at[positions].set(logits)
+
+    def drafts(self, token_ids: list[int], count: int, missing: Collection[int] = ()) -> list[int]:
+        """The likeliest of FEW, `count` times, after all of these tokens, without entries of the positions that are `missing`."""
         tokens, num_known = list(token_ids), len(token_ids)
+        # What is missing goes to the end, where nothing before sees it.
+        positions = jnp.asarray(sorted(range(MAX_LEN), key=lambda position: (position in missing, position)), jnp.int32)
         features = self._features(_padded(tokens))
         features = features.at[num_known - 1 :].set(0)
         for idx in range(count):
-            hidden, logits = self._hidden(_padded(tokens), features)
+            hidden, logits = self._hidden(_padded(tokens), features, positions)
             last = num_known + idx - 2
             scores = np.asarray(logits[last]) + _BIASES
             tokens.append(FEW[int(np.argmax(scores[list(FEW)]))])
@@ -140,6 +153,66 @@ def test_drafts_are_those_of_the_head_over_the_whole_sequence(num_drafts: int, s
     assert num_accepted > 10, "a head that never guesses right shows nothing"
 
 
+def _record_steps(llm: LLM) -> list[SchedulerOutput]:
+    """The steps that the engine makes from now on."""
+    steps: list[SchedulerOutput] = []
+    execute = llm.core.runner.execute
+
+    def record(step: SchedulerOutput) -> Any:
+        steps.append(step)
+        return execute(step)
+
+    llm.core.runner.execute = record  # type: ignore[method-assign]
+    return steps
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 3, 3, 3), (3, 3, 0, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3)])
+@pytest.mark.parametrize("settings", [{"block_size": 4}, {"kernels": XLA_KERNELS, "scan_layers": True}])
+def test_after_steps_without_drafts_they_are_those_of_the_head_over_what_it_was_given(
+    counts: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    """Round for round, and again where blocks are shared that the target filled and the head did not."""
+    oracle = Oracle()
+    llm = engine(3, adaptive=True, **settings)
+    assert llm.core.scheduler.drafts is not None
+    llm.core.scheduler.drafts.policy = DraftsInTurn(counts)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=40, allowed_token_ids=FEW, logit_bias=BIAS, detokenize=False, ignore_eos=True
+    )
+    prompt, steps = list(range(3, 24)), _record_steps(llm)
+    num_accepted = num_woken = num_in_holes = 0
+    for _ in range(2):
+        steps.clear()
+        (output,) = generate(llm, [prompt], [params])
+        emitted = output.outputs[0].token_ids
+        (admitted,) = (admitted for step in steps for admitted in step.admitted)
+        first, num_blocks = admitted.draft_hole
+        size = llm.core.config.block_size
+        missing = set(range(first * size, (first + num_blocks) * size))
+        num_in_holes += len(missing)
+        found = [0] * 3
+        known = 1
+        for step in steps[1:]:
+            if known >= len(emitted):
+                break
+            (row,) = step.decode
+            if not step.num_drafts:
+                missing.add(len(prompt) + known - 1)
+            num_woken += step.wakes_head
+            drafts = oracle.drafts([*prompt, *emitted[:known]], min(row.num_drafts, 40 - known - 1), missing)
+            agrees = [draft == token for draft, token in zip(drafts, emitted[known:], strict=False)]
+            accepted = (agrees + [False]).index(False)
+            for position in range(accepted):
+                found[position] += 1
+            known += accepted + 1
+        assert list(output.metrics.num_accepted_per_pos) == found
+        num_accepted += sum(found)
+        prompt = [*prompt, *emitted[:20]]
+    assert num_accepted > 10, "a head that never guesses right shows nothing"
+    assert num_woken > 4
+    assert num_in_holes > 4
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[RequestOutput]:
     return generate(engine(0), PROMPTS, PARAMS)
@@ -153,11 +226,16 @@ def plain() -> list[RequestOutput]:
         {"decode_steps_per_dispatch": 2},
         {"mixed_batches": False, "scan_layers": True, "kernels": XLA_KERNELS},
         {"max_num_batched_tokens": 4 + 32, "block_size": 5},
+        {"adaptive": True},
+        {"adaptive": True, "block_size": 5, "decode_steps_per_dispatch": 2},
     ],
 )
 def test_tokens_and_logprobs_are_those_without_it(settings: dict[str, Any], plain: list[RequestOutput]) -> None:
-    """Twice: the second time prefixes are cached."""
+    """Twice: the second time prefixes are cached. Where the number of drafts is free it goes through all of them."""
     llm = engine(**{"num_drafts": 3, **settings})
+    if "adaptive" in settings:
+        assert llm.core.scheduler.drafts is not None
+        llm.core.scheduler.drafts.policy = DraftsInTurn((0, 3, 3, 0, 0, 1))
     for _ in range(2):
         outputs = generate(llm, PROMPTS, PARAMS)
         assert_same(outputs, plain)

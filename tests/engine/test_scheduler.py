@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -379,7 +379,7 @@ def test_the_fake_device_objects_to_wrong_speculation(
     def run() -> None:
         for window in (None, 9):
             setup = Setup(
-                num_blocks=26, sliding_window=window, draft_counts=(5, 5, 0, 0, 0, 0, 0, 0), has_draft_cache=True
+                num_blocks=26, sliding_window=window, draft_counts=(5, 5, 0, 0, 0, 0, 0, 0), method="draft_model"
             )
             simulation = Simulation(setup)
             for idx in range(12):
@@ -393,6 +393,70 @@ def test_the_fake_device_objects_to_wrong_speculation(
     sabotage(monkeypatch)
     with pytest.raises(AssertionError):
         run()
+
+
+def _take_sleeping_heads_for_awake(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DraftScheduler, "_lag", lambda self, request: 0)
+
+
+def _share_entries_that_were_moved(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DraftScheduler, "give_to_head", _counting_only)
+
+
+def _counting_only(self: DraftScheduler, running: Iterable[Request], num_steps: int, *, has_prompts: bool) -> None:
+    if not (has_prompts or self.num_drafts):
+        self._num_rounds += num_steps
+
+
+def _leave_no_holes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Request, "draft_hole", property(lambda self: (0, 0), lambda self, value: None))
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        _take_sleeping_heads_for_awake,
+        _share_entries_that_were_moved,
+        _leave_no_holes,
+        _forget_to_forget_drafted_blocks,
+    ],
+)
+def test_the_fake_device_objects_to_wrong_care_of_a_head(
+    sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shows that the laws of a head's cache can fail."""
+
+    def run() -> None:
+        setup = Setup(
+            num_blocks=40,
+            draft_counts=(5, 5, 2, 0, 0, 0, 0, 0, 3),
+            method="eagle3",
+            mixed_batches=False,
+            max_model_len=64,
+        )
+        simulation = Simulation(setup)
+        for idx in range(20):
+            # Each goes on from what another had been given.
+            source = simulation.gathered.get(f"r{idx - 5}")
+            text = [*simulation_prompt(idx - 5), *source.token_ids[:9]] if source else []
+            simulation.add(
+                make_request(f"r{idx}", text or simulation_prompt(idx), max_tokens=20, arrival_time=idx * 0.2)
+            )
+            for _ in range(9):
+                simulation.step()
+        simulation.run(800)
+        assert simulation.device.num_woken > 10
+        assert simulation.device.num_entries_beyond_holes > 100
+
+    run()
+    sabotage(monkeypatch)
+    with pytest.raises(AssertionError):
+        run()
+
+
+def simulation_prompt(idx: int) -> list[int]:
+    """One of a few, of which some begin alike."""
+    return [idx % 3, *[5] * 15]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from quire.engine.admission import BATCHING_POLICIES
 from quire.engine.request import EngineCoreRequest
+from quire.engine.speculation import METHODS
 from tests.engine.fake_model import STEP_SECONDS, VOCAB_SIZE, Setup, Simulation, completed_alone, make_request
 
 MAX_MODEL_LEN = 40
@@ -46,7 +47,7 @@ def setups(draw: st.DrawFn) -> Setup:
         max_in_flight=draw(st.integers(0, 2)),
         priority_seconds=draw(st.sampled_from([0.0, 1.0])),
         draft_counts=draw(st.sampled_from([(), (1,), (4,), (0, 3, 1), (2, 2, 2, 0, 0, 0, 0, 0), (8, 0, 0)])),
-        has_draft_cache=draw(st.booleans()),
+        method=draw(st.sampled_from(METHODS)),  # type: ignore[arg-type]
     )
 
 
