@@ -83,8 +83,11 @@ class DraftController:
     REPEAT = 3
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 16
-    # Steps of a second trial, and of a probe for cost where these are cheap: the first after a change are slower than those that follow.
-    MAX_LENGTH = 4
+    # Steps of a second trial: the first after a change are slower than those that follow.
+    TRIAL_LENGTH = 4
+    # Steps of a probe for cost where these are cheap: so many that those of before and the first ones do not count any more. In a few steps
+    # among others a number of drafts looks slower than it is, and what is hardly worse would never be given up.
+    MAX_LENGTH = 12
 
     def __init__(self, draft_counts: Sequence[int]) -> None:
         """`draft_counts` are the compiled numbers of drafts, ascending from 0."""
@@ -281,7 +284,7 @@ class DraftController:
             is_open = 2 * rate >= max(rates) or self._costs.is_contradicted(bucket, arm, seconds[arm])
             if self._num_trials[arm] == 1 and is_open:
                 self._num_trials[arm] = 2
-                self._hold = (arm, self.MAX_LENGTH - 1)
+                self._hold = (arm, self.TRIAL_LENGTH - 1)
                 return arm
         return None
 

@@ -5,6 +5,7 @@ Knows neither the device nor where drafts come from, and nothing it decides can 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,11 @@ class CatchUpAccount:
         """Whether it is not overdrawn."""
         return self.steps >= 0.0
 
+    @property
+    def steps_until_open(self) -> int:
+        """Steps to be served until it is not overdrawn any more, if nothing else is taken out."""
+        return max(math.ceil(-self.steps / self.SHARE), 0)
+
     def served(self, steps: float) -> None:
         """So many steps of any kind."""
         self._add(self.SHARE * steps)
@@ -138,6 +144,9 @@ class DraftScheduler:
     catch up. A head passes over what steps without drafts compute, unless they compute prompts too, and cannot draft in the
     first step after: that one is made as narrow as any with drafts, to wake it, and what was chosen is done in the next.
     """
+
+    # Steps for which it is not asked again whether anybody may draft, unless somebody comes: small models lose by asking.
+    MOST_CLOSED = 32
 
     def __init__(
         self,
@@ -182,6 +191,8 @@ class DraftScheduler:
         self._is_given = False
         # What was chosen for a step that had to wake the head first; 0 for nothing.
         self._postponed = 0
+        # Steps for which nobody may draft who is here now.
+        self._num_closed = 0
         # Of the step that is being planned: who is drafted for, and how many tiles each catches up with.
         self._ready: set[str] = set()
         self._num_tiles: dict[str, int] = {}
@@ -194,12 +205,16 @@ class DraftScheduler:
             self._ready.clear()
             self._num_tiles.clear()
             self.concerns_rows = self.wakes_head = False
-        if not may_draft or self.policy.rests():
+        if not may_draft or self._rests():
             return 0
         requests = list(islice(decoding, most_rows))
         if not requests:
             return 0
         limits = [request.max_drafts if self._may_draft(request) else 0 for request in requests]
+        if not any(limits):
+            # They do not speculate, or wait for the account.
+            self._num_closed = min(self.account.steps_until_open or self.MOST_CLOSED, self.MOST_CLOSED)
+            return 0
         wanted, self._postponed = self._postponed, 0
         if not 0 < wanted <= max(limits):
             wanted = self.policy.choose(len(requests), [request.draft_acceptance for request in requests], limits)
@@ -214,6 +229,12 @@ class DraftScheduler:
         if self.wakes_head:
             self.num_drafts, self._postponed = self._least_drafts, wanted
         return self.num_drafts
+
+    def _rests(self) -> bool:
+        if not self._num_closed:
+            return self.policy.rests()
+        self._num_closed -= 1
+        return True
 
     def _make_ready(self, request: Request, tiles_left: int) -> int:
         """Lets a row draft, or be woken first, or catch up as far as there are tiles; how many are left."""
@@ -237,6 +258,7 @@ class DraftScheduler:
 
     def admitted(self, request: Request) -> None:
         """The request took its place; its first blocks may be others' too."""
+        self._num_closed = 0
         request.is_catching_up = False
         request.num_drafted = self._kv_cache.num_drafted(request, 0) if self._keeps_cache else 0
         self._set_lag(request, len(request.token_ids) - request.num_drafted)

@@ -19,11 +19,11 @@ from quire.bench.peers.chart import require_matplotlib
 from quire.bench.peers.rounds import say
 from quire.bench.peers.shapes import SHAPES
 from quire.bench.speculate.chart import write_chart
-from quire.bench.speculate.contenders import NO_SPECULATION, Setup
+from quire.bench.speculate.contenders import NO_SPECULATION, Contender, Setup
 from quire.bench.speculate.forced import DRAFT_SHAPES, MAKERS, ForcedBackend, make_target
 from quire.bench.speculate.prompts import OPEN_ENDED, STRUCTURED, prompts_of, random_prompts
 from quire.bench.speculate.report import break_evens, differing, tables
-from quire.bench.speculate.rounds import Case, Record, Workload, run_case
+from quire.bench.speculate.rounds import Case, Measurement, Record, Workload
 from quire.bench.speculate.unfused import compare_fused
 from quire.engine.arguments import add_engine_flags, engine_arguments
 from quire.engine.config import EngineConfig
@@ -63,6 +63,14 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--max-tokens", type=int, help="of each output (default: 96; forced: 32)")
     parser.add_argument("--rounds", type=int, help="each contender once a round (default: 5; forced: 3)")
     parser.add_argument(
+        "--engines",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make every engine so many times, and share the rounds out among them: twins differ by a few percent for as long as they "
+        "live (default: %(default)s)",
+    )
+    parser.add_argument(
         "--acceptance",
         type=float,
         nargs="+",
@@ -96,17 +104,23 @@ def run(namespace: argparse.Namespace) -> int:
     _fill_in(namespace)
     setup, workload, cases = (_forced if namespace.acceptance else _real)(namespace)
     records: list[Record] = []
-    contenders = setup.make(say)
-    about = _about(namespace, setup, contenders[0].llm)
 
     def add(found: Sequence[Record]) -> None:
         for record in found:
-            records.append({**about, **record})
+            records.append({**_about(namespace, setup, contenders[0].llm), **record})
             if namespace.json:
                 print(json.dumps(records[-1]), flush=True)
 
-    for case in cases:
-        add(run_case(case, contenders, workload, namespace.rounds, say))
+    measurements = [Measurement(case, workload) for case in cases]
+    contenders: list[Contender] = []
+    for idx in range(1, namespace.engines + 1):
+        contenders.clear()  # their memory is the next ones'
+        contenders += setup.make(say)
+        rounds = range((idx - 1) * namespace.rounds // namespace.engines, idx * namespace.rounds // namespace.engines)
+        for measurement in measurements:
+            measurement.measure(contenders, rounds, say)
+            if idx == namespace.engines:
+                add(measurement.records(contenders))
     add(break_evens(records))
     if namespace.unfused:
         most = max(namespace.num_speculative_tokens)
@@ -136,6 +150,10 @@ def _fill_in(namespace: argparse.Namespace) -> None:
         values = getattr(namespace, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             raise InvalidConfigError(f"{name} must be at least 1, not {values}")
+    if not 1 <= namespace.engines <= namespace.rounds:
+        raise InvalidConfigError(
+            f"engines must lie between 1 and rounds, which is {namespace.rounds}, and not be {namespace.engines}"
+        )
     if any(not 0.0 <= acceptance <= 1.0 for acceptance in namespace.acceptance or ()):
         raise InvalidConfigError(f"acceptance is a probability, from 0 to 1, not {namespace.acceptance}")
     if is_forced and (others := sorted(set(namespace.methods) - MAKERS.keys())):

@@ -184,8 +184,10 @@ def _notes(records: Sequence[Record]) -> str:
     loads = [record["other_load"] for record in records if record.get("other_load") is not None]
     num_rounds = [record[key]["num_rounds"] for record in records for key in ("ratio", "fused_ms") if key in record]
     if num_rounds:
+        num_engines = min((record["num_engines"] for record in records if "num_engines" in record), default=1)
+        anew = f", shared out among {num_engines} engines made one after the other" if num_engines > 1 else ""
         lines.append(
-            f"* medians of {min(num_rounds)} rounds (lowest..highest), in each of which the two of a ratio serve in turns; "
+            f"* medians of {min(num_rounds)} rounds (lowest..highest){anew}, in each of which the two of a ratio serve in turns; "
             "'none again' is another engine like 'none', and shows what the machine alone makes of a ratio"
         )
         lines.append(

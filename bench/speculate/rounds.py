@@ -12,7 +12,7 @@ from typing import Any
 
 from quire.bench.peers.quiet import LoadMeter
 from quire.bench.peers.report import Figure
-from quire.bench.speculate.contenders import Contender
+from quire.bench.speculate.contenders import Contender, Experience
 from quire.bench.speculate.forced import seeds_of
 from quire.engine import LLM, SamplingParams
 from quire.engine.request import EngineCoreRequest
@@ -94,54 +94,69 @@ class Run:
         return self.num_tokens / self.seconds
 
 
-def run_case(
-    case: Case, contenders: Sequence[Contender], workload: Workload, num_rounds: int, say: Callable[[str], None]
-) -> list[Record]:
-    """Measures a case: a record for each contender, the first of which is the one that the others are compared with.
+class Measurement:
+    """A case while it is measured: what each contender has done so far, with all the engines that were made for it."""
 
-    In each round every other contender serves the requests beside it, the two in turns.
-    """
-    base, *others = contenders
-    experiences = {contender.name: contender.new_experience() for contender in contenders}
-    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
-    base_runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    def __init__(self, case: Case, workload: Workload) -> None:
+        self.case = case
+        self._workload = workload
+        self._experiences: dict[str, Experience | None] = {}
+        self._runs: dict[str, list[Run]] = {}
+        self._base_runs: dict[str, list[Run]] = {}
+        self._other_loads: list[float | None] = []
 
-    def serving(contender: Contender, round_idx: int) -> Serving:
+    def measure(self, contenders: Sequence[Contender], rounds: range, say: Callable[[str], None]) -> None:
+        """So many rounds more; the first contender is the one that the others are compared with.
+
+        In each round every other contender serves the requests beside it, the two in turns. What a contender has learned it keeps, also
+        where its engine is another one now.
+        """
+        base, *others = contenders
+        for contender in contenders:
+            is_new = contender.name not in self._experiences
+            if is_new:
+                self._experiences[contender.name] = contender.new_experience()
+                self._runs[contender.name], self._base_runs[contender.name] = [], []
+            num_steps = self._serve(contender, rounds.stop).finish().num_steps
+            while is_new and contender.num_drafts is None and num_steps < NUM_LEARNING_STEPS:
+                num_steps += self._serve(contender, rounds.stop).finish().num_steps
+        load = OtherLoad()
+        for idx in rounds:
+            for contender in others:
+                pair = self._serve(base, idx), self._serve(contender, idx)
+                # Nobody always begins.
+                take_turns(pair if idx % 2 == 0 else pair[::-1])
+                self._base_runs[contender.name].append(pair[0].finish())
+                self._runs[contender.name].append(pair[1].finish())
+            self._runs[base.name].append(self._base_runs[others[0].name][-1])
+            self._base_runs[base.name].append(self._runs[base.name][-1])
+        self._other_loads.append(load.so_far())
+        rates = ", ".join(
+            f"{name} {statistics.median(one.tokens_per_s for one in found):.4g}" for name, found in self._runs.items()
+        )
+        say(f"{self.case.title}: {rates} tokens/s")
+
+    def records(self, contenders: Sequence[Contender]) -> list[Record]:
+        """What came of it, one for each contender."""
+        loads = [load for load in self._other_loads if load is not None]
+        return [
+            {
+                "benchmark": "speculate",
+                **asdict(self.case),
+                "name": contender.name,
+                "method": contender.method,
+                "num_drafts": contender.num_drafts,
+                "other_load": round(statistics.fmean(loads), 3) if loads else None,
+                "num_engines": len(self._other_loads),
+                **figures(self._runs[contender.name], self._base_runs[contender.name]),
+            }
+            for contender in contenders
+        ]
+
+    def _serve(self, contender: Contender, round_idx: int) -> Serving:
         # Contenders may share an engine, but for the first.
-        contender.use(experiences[contender.name])
-        return Serving(contender.llm, *workload.requests(case, round_idx))
-
-    for contender in contenders:
-        num_steps = serving(contender, num_rounds).finish().num_steps
-        while contender.num_drafts is None and num_steps < NUM_LEARNING_STEPS:
-            num_steps += serving(contender, num_rounds).finish().num_steps
-    load = OtherLoad()
-    for idx in range(num_rounds):
-        for contender in others:
-            pair = serving(base, idx), serving(contender, idx)
-            # Nobody always begins.
-            take_turns(pair if idx % 2 == 0 else pair[::-1])
-            base_runs[contender.name].append(pair[0].finish())
-            runs[contender.name].append(pair[1].finish())
-        runs[base.name].append(base_runs[others[0].name][-1])
-        base_runs[base.name].append(runs[base.name][-1])
-    other_load = load.so_far()
-    rates = ", ".join(
-        f"{name} {statistics.median(one.tokens_per_s for one in found):.4g}" for name, found in runs.items()
-    )
-    say(f"{case.title}: {rates} tokens/s")
-    return [
-        {
-            "benchmark": "speculate",
-            **asdict(case),
-            "name": contender.name,
-            "method": contender.method,
-            "num_drafts": contender.num_drafts,
-            "other_load": other_load,
-            **figures(runs[contender.name], base_runs[contender.name]),
-        }
-        for contender in contenders
-    ]
+        contender.use(self._experiences[contender.name])
+        return Serving(contender.llm, *self._workload.requests(self.case, round_idx))
 
 
 class OtherLoad:

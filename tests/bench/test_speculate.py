@@ -13,7 +13,7 @@ from quire.bench.speculate.contenders import Contender, shared_engines
 from quire.bench.speculate.forced import ForcedSample, seeds_of
 from quire.bench.speculate.prompts import OPEN_ENDED, STRUCTURED, text_of
 from quire.bench.speculate.report import BreakEven, break_even
-from quire.bench.speculate.rounds import Case, Serving, Workload, accepted_per_pos, equality, run_case
+from quire.bench.speculate.rounds import Case, Measurement, Serving, Workload, accepted_per_pos, equality
 from quire.bench.speculate.unfused import timed_steps
 from quire.engine import LLM
 from quire.engine.speculation import SpeculativeConfig
@@ -138,7 +138,10 @@ def test_an_engine_that_gives_other_tokens_is_found_out():
     plain = Contender("none", 0, LLM("demo", **arguments))
     other = LLM("demo-draft", speculative_config={"method": "ngram", "num_speculative_tokens": 1}, **arguments)
     workload = Workload({STRUCTURED: [[5, 6, 7]]}, 8)
-    records = run_case(Case(STRUCTURED, 1, 0.0), [plain, Contender("ngram", 1, other)], workload, 1, lambda _: None)
+    contenders = [plain, Contender("ngram", 1, other)]
+    measurement = Measurement(Case(STRUCTURED, 1, 0.0), workload)
+    measurement.measure(contenders, range(1), lambda _: None)
+    records = measurement.records(contenders)
     assert [record["equal_share"] == 1.0 for record in records] == [True, False]
     assert records[1]["first_difference"] is not None
 
@@ -218,6 +221,25 @@ def test_differing_tokens_fail_the_command_in_float32(tmp_path: Path, capsys, dt
 
 
 # ---- the command
+
+
+def test_rounds_are_shared_out_among_engines_that_are_made_anew(capsys):
+    flags = "--quick --methods ngram --batch-sizes 1 --temperatures 0.8 --kinds open-ended --rounds 3 --engines 2"
+    assert main(["bench", "speculate", "--json", *flags.split()]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("starting demo, no speculation") == 4, "an engine and its control, twice"
+    records = [json.loads(line) for line in captured.out.splitlines()]
+    measured = [record for record in records if "ratio" in record]
+    assert [record["name"] for record in measured] == ["none", "none again", "ngram K=2", "ngram adaptive"]
+    for record in measured:
+        assert (record["num_engines"], record["ratio"]["num_rounds"]) == (2, 3)
+        assert record["equal_share"] == 1.0
+
+
+@pytest.mark.parametrize("engines", [0, 4])
+def test_more_engines_than_rounds_are_refused(engines, capsys):
+    assert main(["bench", "speculate", "--quick", "--rounds", "3", "--engines", str(engines)]) != 0
+    assert f"not be {engines}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", [pytest.param("draft_model", marks=pytest.mark.slow), "eagle3"])

@@ -213,7 +213,10 @@ MANY = pytest.param(64, marks=pytest.mark.slow)
 @pytest.mark.parametrize("traffic", TRAFFIC)
 def test_a_long_run_takes_at_most_three_percent_longer_than_with_the_best_fixed_number(traffic, cost, num_rows):
     num_steps = 3000 if num_rows < 64 else 2000
-    results = [Device(num_rows, cost, seed=seed).run([TRAFFIC[traffic][:num_rows]], num_steps) for seed in range(3)]
+    num_seeds = 8 if num_rows == 1 else 3  # one row shows little, so its runs differ
+    results = [
+        Device(num_rows, cost, seed=seed).run([TRAFFIC[traffic][:num_rows]], num_steps) for seed in range(num_seeds)
+    ]
     assert statistics.fmean(result.against_best for result in results) <= 1.03
     assert max(result.against_none for result in results) <= 1.03
 
@@ -263,8 +266,11 @@ def test_a_change_of_traffic_costs_at_most_three_percent_beside_the_best_number_
 @pytest.mark.parametrize("cost", [medium, by_token])
 def test_batch_sizes_that_change_all_the_time_cost_at_most_three_percent(rates, cost):
     sizes = [3, 40, 64, 17, 5, 33]
-    result = Device(64, cost).run([[rates] * 64], 2000, lambda step_idx: sizes[step_idx // 37 % len(sizes)])
-    assert result.against_best <= 1.03
+    results = [
+        Device(64, cost, seed=seed).run([[rates] * 64], 2000, lambda step_idx: sizes[step_idx // 37 % len(sizes)])
+        for seed in range(4)
+    ]
+    assert statistics.fmean(result.against_best for result in results) <= 1.03
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9])
