@@ -121,7 +121,7 @@ class EagleDrafter:
             return state
         assert verified.captured is not None
         weights, kept = step.weights, verified.kept
-        slots, places, row_slots, newest = _give_rows(step, state.slots, verified)
+        slots, places, newest = _give_rows(step, state.slots, verified)
         slots, tile_slots = _give_tiles(step, slots, kept)
         sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
         is_used = places.write_blocks != NULL_BLOCK
@@ -129,7 +129,7 @@ class EagleDrafter:
         following = slots.tokens[kept.token_slots, jnp.minimum(kept.positions + 1, max_len - 1)]
         embeddings = embed_for_head(weights.draft, self.head, weights.target, following, self.part.parallel)
         k, v = head_keys_values(weights.draft, self.head, embeddings, features, kept.positions, is_used)
-        slot_ids = jnp.concatenate([row_slots, tile_slots])
+        slot_ids = jnp.concatenate([step.rows.slots, tile_slots])
         last = jnp.concatenate([newest, kept.last_token[step.shape.decode_rows * step.shape.decode_width :]])
         latest = jnp.where((slot_ids == sink)[:, None], jnp.zeros_like(features[:1]), features[last])
         return state.replace(  # type: ignore[attr-defined, no-any-return]
@@ -139,14 +139,14 @@ class EagleDrafter:
         )
 
 
-def _give_rows(step: DraftStep, slots: Slots, verified: Verified) -> tuple[Slots, StepPlaces, jax.Array, jax.Array]:
-    """The slots with what the head is given of decode rows; where the entries of all tokens go; and of each row [R] int32 its slot and the
-    index into T of the newest token that the target has computed."""
+def _give_rows(step: DraftStep, slots: Slots, verified: Verified) -> tuple[Slots, StepPlaces, jax.Array]:
+    """The slots with what the head is given of decode rows; where the entries of all tokens go; and [R] int32 the index into T of each
+    row's newest token that the target has computed."""
     rows, width, kept = step.rows, step.shape.decode_width, verified.kept
     num_rows, max_len = step.shape.decode_rows, slots.tokens.shape[1]
     newest = jnp.arange(num_rows, dtype=jnp.int32) * width + verified.num_accepted
     if not num_rows:
-        return slots, kept.places, rows.slots, newest
+        return slots, kept.places, newest
     drafted = Drafted.of(slots, rows.slots)
     # So much further has the row come since the head was given anything of it.
     gap = jnp.maximum(rows.num_tokens - 1 - jnp.clip(drafted.num_tokens, 0, max_len), 0)
@@ -161,7 +161,7 @@ def _give_rows(step: DraftStep, slots: Slots, verified: Verified) -> tuple[Slots
         [rectangle, *places.rectangles[1:]],
     )
     given = drafted.replace(num_tokens=num_given, num_passed_over=num_passed_over)  # type: ignore[attr-defined]
-    return given.write(slots, rows.slots), places, rows.slots, newest
+    return given.write(slots, rows.slots), places, newest
 
 
 def _give_tiles(step: DraftStep, slots: Slots, kept: Rectangles) -> tuple[Slots, jax.Array]:
