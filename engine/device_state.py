@@ -74,18 +74,29 @@ class DeviceState:
     draft_features: Any = None  # [S + 1, D], of each row's last token but one, for a head that drafts
 
 
-class StateSplit:
-    """Which leaves of a state a program changes. They are donated to it and come back; the others it only reads.
+class _Unread:
+    """Stands for a leaf that a program is not given: whatever is done with it fails while the program is traced."""
 
-    Handing back what did not change would cost the host time for every leaf of every step.
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __repr__(self) -> str:
+        return f"<{self._field}, said not to be read>"
+
+
+class StateSplit:
+    """Which leaves of a state a program changes, and which it only reads. The former are donated to it and come back.
+
+    Each leaf that goes in or comes back costs the host a microsecond or two in every step, so it is given no others.
     """
 
-    def __init__(self, state: DeviceState, changed: Collection[str]) -> None:
-        """`changed` names fields of DeviceState or of Slots; the state may be abstract."""
+    def __init__(self, state: DeviceState, changed: Collection[str], read: Collection[str] = ()) -> None:
+        """Both name fields of DeviceState or of Slots, which may be in both; the state may be abstract."""
         found, self._treedef = jax.tree_util.tree_flatten_with_path(state)
-        is_changed = [_field_of(path) in changed for path, _ in found]
-        self.changed_at = tuple(idx for idx, changes in enumerate(is_changed) if changes)
-        self._held_at = tuple(idx for idx, changes in enumerate(is_changed) if not changes)
+        fields = [_field_of(path) for path, _ in found]
+        self._leaves: list[Any] = [_Unread(field) for field in fields]
+        self.changed_at = tuple(idx for idx, field in enumerate(fields) if field in changed)
+        self._held_at = tuple(idx for idx, field in enumerate(fields) if field in read and field not in changed)
 
     def held(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """Of all leaves of a state, those that are only read."""
@@ -96,15 +107,20 @@ class StateSplit:
         return tuple([leaves[idx] for idx in self.changed_at])
 
     def join(self, held: Sequence[Any], changed: Sequence[Any]) -> DeviceState:
-        """The state of which these are the parts."""
-        leaves = dict(zip((*self._held_at, *self.changed_at), (*held, *changed), strict=True))
-        state: DeviceState = jax.tree.unflatten(self._treedef, [leaves[idx] for idx in range(len(leaves))])
+        """The state of which these are the parts, while a program is traced."""
+        leaves = list(self._leaves)
+        for idx, leaf in zip((*self._held_at, *self.changed_at), (*held, *changed), strict=True):
+            leaves[idx] = leaf
+        state: DeviceState = jax.tree.unflatten(self._treedef, leaves)
         return state
 
     def changed_of(self, state: DeviceState, held: Sequence[Any]) -> tuple[Any, ...]:
         """The leaves to hand back of the state that a program has made, while it is traced; `held` are those it was given to read."""
         leaves = jax.tree.leaves(state)
-        assert all(new is old for new, old in zip(self.held(leaves), held, strict=True)), "changed, and said not to be"
+        before = self.join(held, self.changed(leaves))
+        assert all(new is old for new, old in zip(leaves, jax.tree.leaves(before), strict=True)), (
+            "changed, and said not to be"
+        )
         return self.changed(leaves)
 
 

@@ -193,10 +193,17 @@ class DraftScheduler:
         self._postponed = 0
         # Steps for which nobody may draft who is here now.
         self._num_closed = 0
+        # Rounds without drafts that the account does not know of yet: small models lose by telling it of each.
+        self._num_plain = 0
         # Of the step that is being planned: who is drafted for, and how many tiles each catches up with.
         self._ready: set[str] = set()
         self._num_tiles: dict[str, int] = {}
         self._catch_ups: list[CatchUp] = []
+
+    def go_by(self, policy: DraftPolicy, account: CatchUpAccount) -> None:
+        """Decides with these from now on, which may have learned something elsewhere. There must be no requests."""
+        self.policy, self.account = policy, account
+        self._num_plain = self._num_closed = self._postponed = 0
 
     def begin_step(self, decoding: Iterable[Request], most_rows: int, *, may_draft: bool) -> int:
         """How many tokens to draft in a step whose decode rows are the first of `decoding`, which is looked at only where it matters."""
@@ -205,8 +212,14 @@ class DraftScheduler:
             self._ready.clear()
             self._num_tiles.clear()
             self.concerns_rows = self.wakes_head = False
-        if not may_draft or self._rests():
+        if not may_draft:
             return 0
+        if self._num_closed:
+            self._num_closed -= 1
+            return 0
+        if self.policy.rests():
+            return 0
+        self._settle_plain()
         requests = list(islice(decoding, most_rows))
         if not requests:
             return 0
@@ -229,12 +242,6 @@ class DraftScheduler:
         if self.wakes_head:
             self.num_drafts, self._postponed = self._least_drafts, wanted
         return self.num_drafts
-
-    def _rests(self) -> bool:
-        if not self._num_closed:
-            return self.policy.rests()
-        self._num_closed -= 1
-        return True
 
     def _make_ready(self, request: Request, tiles_left: int) -> int:
         """Lets a row draft, or be woken first, or catch up as far as there are tiles; how many are left."""
@@ -350,9 +357,14 @@ class DraftScheduler:
 
     def observe_step(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
         """A step took so long, catching up included, and brought this."""
+        num_rows = len(step.decode)
+        if not (step.num_drafts or step.prefill or step.catch_up):
+            self._num_plain += step.num_decode_steps
+            self.policy.observe_step(num_rows, 0, seconds, step.num_decode_steps)
+            return
+        self._settle_plain()
         if self._keeps_cache:
             self.account.served(step.num_decode_steps)
-        num_rows = len(step.decode)
         if step.prefill:
             self.policy.observe_other_step(num_rows, None)
             return
@@ -362,8 +374,14 @@ class DraftScheduler:
             self.policy.observe_other_step(num_rows, step.num_drafts, step.num_decode_steps)
         else:
             self.policy.observe_step(num_rows, step.num_drafts, seconds, step.num_decode_steps)
-        if self._keeps_cache and (step.num_drafts or step.catch_up):
+        if self._keeps_cache:
             self._settle(step, seconds / step.num_decode_steps, outputs)
+
+    def _settle_plain(self) -> None:
+        """Credits the steps without drafts since it was last called."""
+        if self._num_plain:
+            self.account.served(self._num_plain)
+            self._num_plain = 0
 
     def _settle(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
         """Puts into the account what a step brought, each of whose rounds took so long. The usual counts: one slow step would empty it."""

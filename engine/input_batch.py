@@ -131,12 +131,20 @@ class InputBatch:
 
     def padding(self, shape: StepShape) -> ModelInput | CatchUpInput:
         """The arrays of a step of this shape that computes nothing."""
-        blocks = shape.context_blocks
-        decode = np.zeros((shape.decode_rows, ModelInput.DECODE_COLUMNS + blocks), np.int32)
-        num_columns = CatchUpInput.COLUMNS if shape.is_catch_up else ModelInput.TILE_COLUMNS
-        tiles = np.zeros((shape.prefill_tiles, num_columns + blocks), np.int32)
-        decode[:, 0] = tiles[:, 0] = self._sink
-        return CatchUpInput(tiles) if shape.is_catch_up else ModelInput(decode, tiles)
+        if shape.is_catch_up:
+            return CatchUpInput(self._empty(shape, shape.prefill_tiles, CatchUpInput.COLUMNS))
+        return ModelInput(
+            self._empty(shape, shape.decode_rows, ModelInput.DECODE_COLUMNS),
+            self._empty(shape, shape.prefill_tiles, ModelInput.TILE_COLUMNS),
+        )
+
+    def _empty(self, shape: StepShape, num_rows: int, num_columns: int) -> np.ndarray | None:
+        """Rows of the sink without blocks; None for no rows."""
+        if not num_rows:
+            return None
+        rows = np.zeros((num_rows, num_columns + shape.context_blocks), np.int32)
+        rows[:, 0] = self._sink
+        return rows
 
     def shape_of(self, step: SchedulerOutput) -> StepShape:
         """The compiled shape that a step runs in."""

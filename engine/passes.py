@@ -186,6 +186,30 @@ def _with_layer_cache(kv_cache: Any, info: LayerInfo, cache: jax.Array) -> jax.A
     return cache
 
 
+_FULL_FIELDS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "prompt_len",
+    "bias_ids",
+    "bias_values",
+    "allowed_mask",
+    "min_tokens",
+    "stop_ids",
+    "bad_words",
+)
+
+
+def sampling_fields(mode: SamplingMode) -> tuple[str, ...]:
+    """The fields of Slots that `sampling_rows` reads, beside the tokens."""
+    if mode == SamplingMode.GREEDY:
+        return ()
+    return ("temperature", "key") if mode == SamplingMode.RANDOM else ("temperature", "key", *_FULL_FIELDS)
+
+
 def sampling_rows(slots: Slots, slot_ids: jax.Array, num_tokens: jax.Array, mode: SamplingMode) -> SamplingRows | None:
     """Gathers the sampling parameters and the history of the rows that the mode reads.
 
@@ -199,23 +223,6 @@ def sampling_rows(slots: Slots, slot_ids: jax.Array, num_tokens: jax.Array, mode
     full: SamplingRows = rows.replace(  # type: ignore[attr-defined]
         history=slots.tokens[slot_ids],
         num_tokens=num_tokens,
-        **{
-            name: getattr(slots, name)[slot_ids]
-            for name in (
-                "top_k",
-                "top_p",
-                "min_p",
-                "repetition_penalty",
-                "presence_penalty",
-                "frequency_penalty",
-                "prompt_len",
-                "bias_ids",
-                "bias_values",
-                "allowed_mask",
-                "min_tokens",
-                "stop_ids",
-                "bad_words",
-            )
-        },
+        **{name: getattr(slots, name)[slot_ids] for name in _FULL_FIELDS},
     )
     return full

@@ -15,7 +15,7 @@ from quire.backends.base import Backend, Program, StepShape
 from quire.backends.memory import DeviceMemory
 from quire.engine.device_state import DeviceState, StateSplit, empty_row, write_row
 from quire.engine.drafting import CatchUpInput, Weights
-from quire.engine.step import ModelInput, StepConfig, changed_by, make_step
+from quire.engine.step import ModelInput, StepConfig, changed_by, make_step, read_by
 
 EVERYWHERE = PartitionSpec()
 
@@ -45,7 +45,7 @@ def step_source(
     config: StepConfig, shape: StepShape, weights: Weights, state: DeviceState, mesh: Mesh
 ) -> ProgramSource:
     """One shape's step for a mesh, from real or abstract parameters and state."""
-    split = StateSplit(state, changed_by(config, shape))
+    split = StateSplit(state, changed_by(config, shape), read_by(shape))
     leaves = jax.tree.leaves(state)
     read = abstract((weights_of(config, shape, weights), split.held(leaves), split.changed(leaves)))
     arguments = (*read, abstract_inputs(shape, mesh))
@@ -118,7 +118,8 @@ def abstract_inputs(shape: StepShape, mesh: Mesh) -> ModelInput | CatchUpInput:
     if shape.is_catch_up:
         return CatchUpInput(ints(tiles, CatchUpInput.COLUMNS + blocks))
     return ModelInput(
-        decode=ints(rows, ModelInput.DECODE_COLUMNS + blocks), tiles=ints(tiles, ModelInput.TILE_COLUMNS + blocks)
+        decode=ints(rows, ModelInput.DECODE_COLUMNS + blocks) if rows else None,
+        tiles=ints(tiles, ModelInput.TILE_COLUMNS + blocks) if tiles else None,
     )
 
 

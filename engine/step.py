@@ -32,7 +32,7 @@ from quire.engine.drafting import (
     Weights,
     write_tokens,
 )
-from quire.engine.passes import StepModel, places_of_tokens, sampling_rows
+from quire.engine.passes import StepModel, places_of_tokens, sampling_fields, sampling_rows
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
 from quire.kernels.sampling.reference import compute_logprobs
 from quire.kernels.sampling.rows import Logprobs
@@ -46,14 +46,23 @@ class ModelInput:
     Tokens and positions of decode rows are on the device already.
     """
 
-    decode: (
-        Any  # [R, 2 + M] int32: slot, the sink for padding; the most to draft for the row, of at most K; block table
-    )
-    tiles: Any  # [P, 4 + M] int32: slot, the sink for padding; position of the first token; how many are real, 0 for
-    # padding; 1 where the tile ends with the request's newest token; block table
+    # [R, 2 + M] int32: slot, the sink for padding; the most to draft for the row, of at most K; block table. None for no rows.
+    decode: Any
+    # [P, 4 + M] int32: slot, the sink for padding; position of the first token; how many are real, 0 for padding; 1 where the tile ends
+    # with the request's newest token; block table. None for no tiles.
+    tiles: Any
 
     DECODE_COLUMNS = 2
     TILE_COLUMNS = 4
+
+    def arrays(self) -> tuple[jax.Array, jax.Array]:
+        """Both, empty where there is none."""
+        decode, tiles, extra = self.decode, self.tiles, self.TILE_COLUMNS - self.DECODE_COLUMNS
+        if decode is None:
+            decode = jnp.zeros((0, tiles.shape[1] - extra), jnp.int32)
+        if tiles is None:
+            tiles = jnp.zeros((0, decode.shape[1] + extra), jnp.int32)
+        return decode, tiles
 
 
 @flax.struct.dataclass
@@ -94,6 +103,11 @@ def changed_by(config: StepConfig, shape: StepShape) -> frozenset[str]:
     by_target = () if shape.is_catch_up else ("kv_cache", "tokens", "num_tokens")
     by_drafter = () if config.drafter is None else config.drafter.changed_by(shape)
     return frozenset((*by_target, *by_drafter))
+
+
+def read_by(shape: StepShape) -> frozenset[str]:
+    """The fields of Slots that a step of this shape reads, whether or not it changes them: what it reads of the rest it changes too."""
+    return frozenset(("tokens", "num_tokens", "max_total_tokens", *sampling_fields(shape.sampling)))
 
 
 Leaves = tuple[Any, ...]
@@ -146,7 +160,7 @@ def _one_step(
 def begin_step(shape: StepShape, slots: Slots, inputs: ModelInput) -> tuple[StepInput, DecodeRows]:
     """The inputs by name, and the rows that they name, for the two halves of a step: `draft` and `verify`."""
     sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
-    decode, tiles = inputs.decode, inputs.tiles
+    decode, tiles = inputs.arrays()
     begun = StepInput(
         decode_drafts=decode[:, 1],
         tile_slots=jnp.clip(tiles[:, 0], 0, sink),

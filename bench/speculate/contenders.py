@@ -58,7 +58,7 @@ class Contender:
         drafts = self.llm.core.scheduler.drafts
         assert (drafts is None) == (experience is None), self
         if drafts is not None and experience is not None:
-            drafts.policy, drafts.account = experience.policy, experience.account
+            drafts.go_by(experience.policy, experience.account)
 
 
 @dataclass(frozen=True)
