@@ -205,6 +205,19 @@ class DraftScheduler:
         self.policy, self.account = policy, account
         self._num_plain = self._num_closed = self._postponed = 0
 
+    def passes_over(self, num_steps: int) -> bool:
+        """Whether the next step, of `num_steps` rounds of decode rows and nothing else, goes without drafts whoever they are.
+
+        There is nothing more to do for it then. Small models lose by all that is done in every step.
+        """
+        if self.concerns_rows or self._is_given:
+            return False  # something of the last step is to be put away
+        if not self._rests():
+            return False
+        self._num_rounds += num_steps
+        self.num_drafts = 0
+        return True
+
     def begin_step(self, decoding: Iterable[Request], most_rows: int, *, may_draft: bool) -> int:
         """How many tokens to draft in a step whose decode rows are the first of `decoding`, which is looked at only where it matters."""
         self.num_drafts = 0
@@ -212,12 +225,7 @@ class DraftScheduler:
             self._ready.clear()
             self._num_tiles.clear()
             self.concerns_rows = self.wakes_head = False
-        if not may_draft:
-            return 0
-        if self._num_closed:
-            self._num_closed -= 1
-            return 0
-        if self.policy.rests():
+        if not may_draft or self._rests():
             return 0
         self._settle_plain()
         requests = list(islice(decoding, most_rows))
@@ -242,6 +250,12 @@ class DraftScheduler:
         if self.wakes_head:
             self.num_drafts, self._postponed = self._least_drafts, wanted
         return self.num_drafts
+
+    def _rests(self) -> bool:
+        if not self._num_closed:
+            return self.policy.rests()
+        self._num_closed -= 1
+        return True
 
     def _make_ready(self, request: Request, tiles_left: int) -> int:
         """Lets a row draft, or be woken first, or catch up as far as there are tiles; how many are left."""

@@ -107,7 +107,8 @@ class ModelRunner:
         self._batch = InputBatch(resolved.limits, resolved.max_num_seqs, blocks_per_row, resolved.block_size, chooser)
         self.step_config = plan.step_config
         self.programs: dict[StepShape, Program] = {}
-        self._splits: dict[StepShape, StateSplit] = {}
+        # What of the state and of the weights each of them takes.
+        self._arguments: dict[StepShape, tuple[StateSplit, Weights]] = {}
         self._write_row: Program | None = None
         self.compilations = CompilationCounter()
         self.counters = RunnerCounters()
@@ -157,7 +158,11 @@ class ModelRunner:
         slot_update = slot_update_source(self.state.slots, max_model_len, vocab_size, self._plan.mesh)
         *programs, self._write_row = build_all(self._plan.backend, [*sources, slot_update], self._build, progress)
         self.programs = dict(zip(self._plan.shapes, programs, strict=True))
-        self._splits = {source.shape: source.split for source in sources if source.shape and source.split}
+        self._arguments = {
+            source.shape: (source.split, weights_of(self.step_config, source.shape, self._weights))
+            for source in sources
+            if source.shape and source.split
+        }
         self._write(self._plan.resolved.max_num_seqs, empty_row(max_model_len, vocab_size))
         for shape in self._plan.shapes:
             self._run(shape, self._batch.padding(shape))
@@ -197,8 +202,7 @@ class ModelRunner:
 
     def _run(self, shape: StepShape, inputs: Any) -> Any:
         """Launches a program, and gives its output."""
-        leaves, split = self._leaves, self._splits[shape]
-        weights = weights_of(self.step_config, shape, self._weights)
+        leaves, (split, weights) = self._leaves, self._arguments[shape]
         changed, output = self.programs[shape](weights, split.held(leaves), split.changed(leaves), inputs)
         self._keep(split, changed)
         return output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from quire.engine.admission import AdmissionPolicy, Headroom
 from quire.engine.block_pool import NULL_BLOCK
@@ -160,8 +160,8 @@ class Scheduler:
             self._schedule_decodes(plan)
         if not (plan.decode or plan.prefill):
             return None
-        if self.drafts is not None:
-            self.drafts.give_to_head(self.running, plan.num_decode_steps, has_prompts=bool(plan.prefill))
+        if plan.drafts is not None:
+            plan.drafts.give_to_head(self.running, plan.num_decode_steps, has_prompts=bool(plan.prefill))
         for request in plan.chunked:
             self.kv_cache.publish_full_blocks(request)
         self._last_was_prefill = bool(plan.prefill)
@@ -205,21 +205,25 @@ class Scheduler:
     # ---- the parts of a step
 
     def _new_plan(self) -> StepPlan:
-        num_admissible = 0
+        num_admissible, drafts = 0, self.drafts
         if self.waiting and len(self.running) < self.max_num_seqs:
             num_admissible = self._admission.num_admissible(self.waiting, self.running, self._clock())
-            # Whether anybody comes in decides on long dispatches and drafts, so it is asked before.
-            is_long = self._decode_steps_per_dispatch > 1 or self.drafts is not None
+            # Whether anybody comes in decides on long dispatches and drafts.
+            is_long = self._decode_steps_per_dispatch > 1 or drafts is not None
             if num_admissible and is_long and not self._first_fits():
                 self._admission.admitted(0, True)
                 num_admissible = 0
         # Prompts are not kept waiting by the rest of a long dispatch, nor for drafts.
         decodes_alone = not num_admissible and all(request.num_uncomputed_tokens <= 1 for request in self.running)
+        num_decode_steps = self._decode_steps_per_dispatch if decodes_alone else 1
+        if drafts is not None and decodes_alone and self.running and drafts.passes_over(num_decode_steps):
+            drafts = None
         return StepPlan(
+            drafts=drafts,
             tokens_left=self.max_num_batched_tokens,
             tiles_left=self.limits.max_prefill_tiles,
             num_admissible=num_admissible,
-            num_decode_steps=self._decode_steps_per_dispatch if decodes_alone else 1,
+            num_decode_steps=num_decode_steps,
             may_draft=decodes_alone or not self.limits.mixed_batches,
         )
 
@@ -231,7 +235,7 @@ class Scheduler:
 
         A row takes one token of the budget, however many steps the dispatch has: the budget bounds each of them.
         """
-        idx, drafts, running, num_steps = 0, self.drafts, self.running, plan.num_decode_steps
+        idx, drafts, running, num_steps = 0, plan.drafts, self.running, plan.num_decode_steps
         if drafts is not None:
             decoding = (request for request in running if request.can_decode)
             plan.num_drafts = drafts.begin_step(decoding, plan.tokens_left, may_draft=plan.may_draft)
@@ -267,7 +271,7 @@ class Scheduler:
 
         Nobody loses blocks for drafts: where they would not fit, there are none. None when the request went itself.
         """
-        drafts = self.drafts.num_drafts_for(request) if plan.num_drafts and self.drafts is not None else 0
+        drafts = plan.drafts.num_drafts_for(request) if plan.num_drafts and plan.drafts is not None else 0
         held = len(request.block_ids) * self.kv_cache.block_size
         for num_drafts in (drafts, 0) if drafts else (0,):
             end = min(request.most_tokens + num_steps * (1 + num_drafts), request.max_total_tokens) - 1
@@ -490,10 +494,5 @@ class Scheduler:
         assert all(not request.block_ids and request.slot < 0 for request in self.waiting)
         slots = [request.slot for request in self.running]
         assert sorted([*slots, *self._free_slots]) == list(range(self.num_slots)), (slots, self._free_slots)
-        assert _is_sorted(self.running)
-        assert _is_sorted(self.waiting)
-
-
-def _is_sorted(requests: Iterable[Request]) -> bool:
-    keys = [_sort_key(request) for request in requests]
-    return keys == sorted(keys)
+        assert self.running == sorted(self.running, key=_sort_key)
+        assert self.waiting == sorted(self.waiting, key=_sort_key)

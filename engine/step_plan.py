@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from quire.engine.draft_scheduler import DraftScheduler
 from quire.engine.request import Request
 from quire.engine.step_data import AdmittedRequest, BlockUpdate, CatchUp, DecodeRow, PrefillChunk, SchedulerOutput
 
@@ -12,6 +13,8 @@ from quire.engine.step_data import AdmittedRequest, BlockUpdate, CatchUp, Decode
 class StepPlan:
     """A step while it is being put together."""
 
+    drafts: DraftScheduler | None
+    """Who decides about drafts; None also where it has nothing to do with this step."""
     tokens_left: int
     tiles_left: int
     num_admissible: int

@@ -418,23 +418,31 @@ class Setup:
 
 
 class DraftsInTurn:
-    """A policy that goes through a list of numbers, whatever comes of them."""
+    """A policy that goes through a list of numbers, whatever comes of them. After a 0 it rests as long as more of them follow."""
 
     plain_cost: float | None = None
     drafting_cost: float | None = None
 
     def __init__(self, counts: tuple[int, ...]) -> None:
         self._counts = itertools.cycle(counts)
+        self._last, self._next = -1, next(self._counts)
 
     def new_acceptance(self) -> None:
         return None
 
     def rests(self) -> bool:
-        return False
+        if self._last or self._next:
+            return False
+        self._take()
+        return True
 
     def choose(self, num_rows: int, rows: Sequence[None], limits: Sequence[int]) -> int:
         assert num_rows == len(rows) == len(limits)
-        return next(self._counts) if any(limits) else 0
+        return self._take() if any(limits) else 0
+
+    def _take(self) -> int:
+        self._last, self._next = self._next, next(self._counts)
+        return self._last
 
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float, num_rounds: int = 1) -> None:
         pass
