@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from quire.backends.base import StepShape
-from quire.engine.block_pool import NULL_BLOCK
 from quire.engine.device_state import DeviceState, Slots
 from quire.engine.drafting import DecodeRows, Drafted, DraftStep, Rectangles, Verified, write_tokens
-from quire.engine.passes import StepModel, make_attend, places_of_tokens, sampling_rows, write_first_layer
+from quire.engine.passes import StepModel, make_attend, places_of_tokens, sampling_rows, with_head_entries
 from quire.kernels.paged_attention.contract import RowsOfTokens, StepPlaces
-from quire.models.eagle import EagleConfig, embed_for_head, fuse_features, head_forward, head_keys_values, head_logits
+from quire.models.eagle import EagleConfig, embed_for_head, head_forward, head_logits
 
 
 @dataclass(frozen=True)
@@ -124,17 +123,24 @@ class EagleDrafter:
         slots, places, newest = _give_rows(step, state.slots, verified)
         slots, tile_slots = _give_tiles(step, slots, kept)
         sink, max_len = slots.num_tokens.shape[0] - 1, slots.tokens.shape[1]
-        is_used = places.write_blocks != NULL_BLOCK
-        features = fuse_features(weights.draft, verified.captured, is_used)  # [T, D]
         following = slots.tokens[kept.token_slots, jnp.minimum(kept.positions + 1, max_len - 1)]
         embeddings = embed_for_head(weights.draft, self.head, weights.target, following, self.part.parallel)
-        k, v = head_keys_values(weights.draft, self.head, embeddings, features, kept.positions, is_used)
+        features, cache = with_head_entries(
+            self.part,
+            weights.draft,
+            self.head,
+            verified.captured,
+            embeddings,
+            state.draft_cache,
+            kept.positions,
+            places,
+        )
         slot_ids = jnp.concatenate([step.rows.slots, tile_slots])
         last = jnp.concatenate([newest, kept.last_token[step.shape.decode_rows * step.shape.decode_width :]])
         latest = jnp.where((slot_ids == sink)[:, None], jnp.zeros_like(features[:1]), features[last])
         return state.replace(  # type: ignore[attr-defined, no-any-return]
             slots=slots,
-            draft_cache=write_first_layer(self.part, state.draft_cache, k, v, places),
+            draft_cache=cache,
             draft_features=state.draft_features.at[slot_ids].set(latest, mode="promise_in_bounds"),
         )
 

@@ -30,6 +30,7 @@ from quire.models.decoder import (
     layer_spec,
     logits_of_part,
 )
+from quire.models.eagle import EagleConfig, fuse_features, head_keys_values, head_rope, head_spec
 from quire.models.parallel import ALONE, Parallel
 from quire.models.params import Layer
 
@@ -145,11 +146,32 @@ def make_attend(part: StepModel, places: StepPlaces) -> Attend:
     return attend
 
 
-def write_first_layer(part: StepModel, kv_cache: Any, k: jax.Array, v: jax.Array, places: StepPlaces) -> Any:
-    """The cache with keys and values [T, K, H] of its first layer in it, where nobody attends to them yet."""
+def with_head_entries(
+    part: StepModel,
+    params: Any,
+    head: EagleConfig,
+    captured: jax.Array,
+    embeddings: jax.Array,
+    kv_cache: Any,
+    positions: jax.Array,
+    places: StepPlaces,
+) -> tuple[jax.Array, Any]:
+    """Features [T, D] of what was captured of T tokens, and the cache of a head with an entry for each that has a place.
+
+    `captured` [T, C], `embeddings` [T, D] of the tokens after, `positions` [T] int32. Features of padding may be anything.
+    """
+    is_used = places.write_blocks != NULL_BLOCK
     info = LayerInfo(0, None)
     cache, _ = _layer_cache(kv_cache, info, part.config.num_layers)
-    return _with_layer_cache(kv_cache, info, part.ops.write_kv.function(cache, k, v, places))
+    fused = part.ops.fused_head_entries
+    if fused is None:
+        features = fuse_features(params, captured, is_used)
+        k, v = head_keys_values(params, head, embeddings, features, positions, is_used)
+        cache = part.ops.write_kv.function(cache, k, v, places)
+    else:
+        rope = head_rope(head, positions)
+        features, cache = fused(params, captured, embeddings, rope, cache, places, is_used, head_spec(head))
+    return features, _with_layer_cache(kv_cache, info, cache)
 
 
 def _make_run_layer(part: StepModel, places: StepPlaces) -> RunLayer | None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import quire.kernels.decoder_layer.cpu as decoder_layer_cpu
+import quire.kernels.draft_head.cpu as draft_head_cpu
 import quire.kernels.experts.grouped as experts_grouped
 import quire.kernels.experts.reference as experts_reference
 import quire.kernels.linear.cpu as linear_cpu
@@ -20,6 +21,7 @@ import quire.kernels.paged_attention.tpu as attention_tpu
 import quire.kernels.sampling.cpu as sampling_cpu
 import quire.kernels.sampling.reference as sampling_reference
 from quire.kernels.decoder_layer.contract import DecoderLayer
+from quire.kernels.draft_head.contract import HeadEntries
 from quire.kernels.errors import KernelUnavailableError
 from quire.kernels.experts.contract import RunExperts
 from quire.kernels.linear.contract import PrepareWeight
@@ -56,7 +58,7 @@ def _nki(function: Callable[..., Any]) -> tuple[Implementation[Any], ...]:
 
 
 def _composed(*_: Any, **__: Any) -> Any:
-    raise AssertionError("quire.models.decoder composes the layer itself")
+    raise AssertionError("the model composes it itself")
 
 
 LINEAR: Op[PrepareWeight] = Op(
@@ -104,6 +106,10 @@ DECODER_LAYER: Op[DecoderLayer] = Op(
     "decoder_layer",
     (*_native(decoder_layer_cpu.decoder_layer), Implementation(COMPOSED, _composed)),
 )
+HEAD_ENTRIES: Op[HeadEntries] = Op(
+    "head_entries",
+    (*_native(draft_head_cpu.head_entries), Implementation(COMPOSED, _composed)),
+)
 EXPERTS: Op[RunExperts] = Op(
     "experts",
     (
@@ -118,7 +124,7 @@ SAMPLE: Op[Sample] = Op(
         Implementation(REFERENCE, sampling_reference.sample),
     ),
 )
-OPS: tuple[Op[Any], ...] = (LINEAR, KV_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, EXPERTS, SAMPLE)
+OPS: tuple[Op[Any], ...] = (LINEAR, KV_CACHE, WRITE_KV, PAGED_ATTENTION, DECODER_LAYER, HEAD_ENTRIES, EXPERTS, SAMPLE)
 
 
 CACHE_OPS: tuple[Op[Any], ...] = (KV_CACHE, WRITE_KV, PAGED_ATTENTION)
@@ -134,6 +140,7 @@ class Ops:
     write_kv: Choice[WriteKV]
     paged_attention: Choice[PagedAttention]
     decoder_layer: Choice[DecoderLayer]
+    head_entries: Choice[HeadEntries]
     experts: Choice[RunExperts]
     sample: Choice[Sample]
 
@@ -141,6 +148,11 @@ class Ops:
     def fused_layer(self) -> DecoderLayer | None:
         """The op that runs a whole layer; None where the model composes it from the others."""
         return None if self.decoder_layer.name == COMPOSED else self.decoder_layer.function
+
+    @property
+    def fused_head_entries(self) -> HeadEntries | None:
+        """The op that makes all of a draft head's entries; None where it is composed of the others."""
+        return None if self.head_entries.name == COMPOSED else self.head_entries.function
 
     @property
     def is_padding_free(self) -> bool:
@@ -175,16 +187,13 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
     if unknown := sorted(set(wanted) - {op.name for op in OPS}):
         raise KernelUnavailableError(f"unknown op {', '.join(unknown)}; there are: {', '.join(op.name for op in OPS)}")
     linear = LINEAR.choose(context, wanted.get(LINEAR.name))
-    layer = DECODER_LAYER.choose(context, wanted.get(DECODER_LAYER.name))
-    # The fused layer multiplies packed weights, and packed experts are multiplied by the fused layer alone.
-    if linear.name in HELD_AS_ARRAYS and layer.name != COMPOSED:
-        if DECODER_LAYER.name in wanted:
-            raise KernelUnavailableError(f"decoder_layer={layer.name} needs a native linear too, not {linear.name}")
-        layer = DECODER_LAYER.choose(context, COMPOSED)
+    layer, head = (_choose_fused(op, context, wanted, linear.name) for op in (DECODER_LAYER, HEAD_ENTRIES))
+    # Packed experts are multiplied by the fused layer alone.
     if layer.name == COMPOSED and linear.name not in HELD_AS_ARRAYS and context.has_experts:
         if LINEAR.name in wanted:
             raise KernelUnavailableError(f"linear={linear.name} packs experts, which need a native decoder_layer too")
         linear = LINEAR.choose(context, REFERENCE)
+        head = _choose_fused(HEAD_ENTRIES, context, wanted, linear.name)
     kv_cache, write_kv, paged_attention = _choose_cache_ops(context, wanted)
     if paged_attention.name == PALLAS_TPU:
         tuned = partial(paged_attention.function, tuning=attention_tpu.tuning_of(context.device_kind))
@@ -195,9 +204,20 @@ def choose_ops(context: OpContext, wanted: dict[str, str] | None = None) -> Ops:
         write_kv=write_kv,
         paged_attention=paged_attention,
         decoder_layer=layer,
+        head_entries=head,
         experts=EXPERTS.choose(context, wanted.get(EXPERTS.name)),
         sample=SAMPLE.choose(context, wanted.get(SAMPLE.name)),
     )
+
+
+def _choose_fused(op: Op[Any], context: OpContext, wanted: dict[str, str], linear: str) -> Choice[Any]:
+    """An op that multiplies packed weights, composed where `linear` does not pack them."""
+    choice = op.choose(context, wanted.get(op.name))
+    if choice.name == COMPOSED or linear not in HELD_AS_ARRAYS:
+        return choice
+    if op.name in wanted:
+        raise KernelUnavailableError(f"{op.name}={choice.name} needs a native linear too, not {linear}")
+    return op.choose(context, COMPOSED)
 
 
 def _choose_cache_ops(context: OpContext, wanted: dict[str, str]) -> list[Choice[Any]]:

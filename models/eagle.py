@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from quire.kernels.draft_head.contract import HeadSpec
 from quire.kernels.linear.contract import matmul
 from quire.kernels.sampling.logits import MASKED
 from quire.models.config import ModelConfig
@@ -83,6 +84,19 @@ class EagleConfig:
 def default_captured_layers(num_layers: int) -> tuple[int, ...]:
     """Those of a target of `num_layers` that a head reads whose config.json does not say: the third one, the middle, the third last."""
     return (2, num_layers // 2, num_layers - 3)
+
+
+def head_spec(config: EagleConfig) -> HeadSpec:
+    """What an op that makes the head's entries must know of it."""
+    model = config.model
+    assert not model.qk_norm, "a head has no norms of queries and keys"
+    return HeadSpec(
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        norm_eps=model.norm_eps,
+        norm_unit_offset=model.norm_unit_offset,
+        qkv_bias=model.qkv_bias,
+    )
 
 
 def eagle_specs(config: EagleConfig) -> dict[str, ParamSpec]:
@@ -216,7 +230,7 @@ def head_forward(
     model = config.model
     inputs, residual = _layer_inputs(params, config, embeddings, features)
     info = LayerInfo(0, model.sliding_windows[0])
-    h, kv_cache = attention(params, model, inputs, _rope(config, positions), kv_cache, attend, info, parallel)
+    h, kv_cache = attention(params, model, inputs, head_rope(config, positions), kv_cache, attend, info, parallel)
     x = residual + h
     return x + gated_mlp(norm(x, params["pre_mlp_norm"], model), params, model.activation, parallel), kv_cache
 
@@ -234,7 +248,7 @@ def head_keys_values(
     Those of tokens that `is_used` [T] bool leaves out may hold anything.
     """
     inputs, _ = _layer_inputs(params, config, embeddings, features)
-    return keys_values(params, config.model, inputs, _rope(config, positions), is_used)
+    return keys_values(params, config.model, inputs, head_rope(config, positions), is_used)
 
 
 def head_logits(
@@ -261,6 +275,7 @@ def _layer_inputs(params: Params, config: EagleConfig, embeddings: Array, featur
     return inputs, normed if config.norm_before_residual else features
 
 
-def _rope(config: EagleConfig, positions: Array) -> tuple[Array, Array]:
+def head_rope(config: EagleConfig, positions: Array) -> tuple[Array, Array]:
+    """Cosines and sines, float32 [T, P / 2], by which the head's keys at positions [T] int32 are rotated."""
     cos, sin = rope_tables(config.model, positions)
     return cos[0], sin[0]

@@ -31,6 +31,7 @@ HANDLERS = (
     "quire_write_kv",
     "quire_paged_attention",
     "quire_decoder_layer",
+    "quire_head_entries",
     "quire_argmax",
     "quire_draw",
     "quire_sample",

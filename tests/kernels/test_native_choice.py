@@ -26,9 +26,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_libraries_the_reference_serves_and_says_how_to_get_them(folder: Path) -> None:
     ops = choose_ops(replace(CONTEXT, instruction_sets=EVERY_FLAG))
     assert {name: getattr(ops, name).name for name in NATIVE_OPS} == {
-        name: COMPOSED if name == "decoder_layer" else REFERENCE for name in NATIVE_OPS
+        name: COMPOSED if name in ("decoder_layer", "head_entries") else REFERENCE for name in NATIVE_OPS
     }
     assert ops.fused_layer is None
+    assert ops.fused_head_entries is None
     for name in NATIVE_OPS:
         passed_over = {kind for kind, _ in getattr(ops, name).passed_over if kind.startswith("native_")}
         assert passed_over == {f"native_{kind}" for kind in library.INSTRUCTION_SETS}

@@ -22,7 +22,7 @@ from tests.kernels.native import CONTEXT
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
 BEST = next((name for name in library.INSTRUCTION_SETS if library.refuses(name, CONTEXT) is None), "portable")
-SUITES = ("test_linear.py", "test_paged_attention_native.py", "test_decoder_layer.py")
+SUITES = ("test_linear.py", "test_paged_attention_native.py", "test_decoder_layer.py", "test_draft_head.py")
 
 # Runs the suites with libraries from a folder of their own; the kernels of other instruction sets are not found there. Each packed
 # matrix gets memory of its own, since within an arena the sanitizer does not see where one ends; what it reports is not captured.

@@ -1,0 +1,1 @@
+"""What an EAGLE-3 head keeps of the target's tokens, as one op."""
