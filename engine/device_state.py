@@ -80,8 +80,11 @@ class _Unread:
     def __init__(self, field: str) -> None:
         self._field = field
 
-    def __repr__(self) -> str:
-        return f"<{self._field}, said not to be read>"
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{self._field} is read, and said not to be")
+
+    def __getitem__(self, key: Any) -> Any:
+        raise AssertionError(f"{self._field} is read, and said not to be")
 
 
 class StateSplit:
