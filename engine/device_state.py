@@ -9,6 +9,8 @@ one's tokens have been read, several steps can run in one dispatch, and a specul
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,18 @@ from quire.models.parallel import MODEL_AXIS, num_held_kv_heads
 
 # A request's stop tokens plus those of the model, which end a sequence too and are banned below min_tokens.
 NUM_STOP_IDS = MAX_STOP_TOKEN_IDS + 16
+
+# Numbers of a request's sampling parameters that its row has under the same names.
+_PARAMS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+)
 
 
 @flax.struct.dataclass
@@ -158,35 +172,43 @@ def empty_row(max_model_len: int, vocab_size: int) -> Slots:
     )
 
 
-def request_row(admitted: AdmittedRequest, max_model_len: int, vocab_size: int) -> Slots:
-    """The row of a request that takes a slot, from its tokens and its sampling parameters."""
-    row, params = empty_row(max_model_len, vocab_size), admitted.params
-    row.tokens[: len(admitted.token_ids)] = admitted.token_ids
+def row_record(slot: int, row: Slots) -> np.ndarray:
+    """The row in one piece of the host's memory, behind the number of its slot: one record, of 4-byte elements named as in Slots.
+
+    What a request brings goes to the device as one array: each is a transfer, and some microseconds of the host also where there is none.
+    """
+    fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    dtype = np.dtype([("slot", np.int32), *((name, leaf.dtype, leaf.shape) for name, leaf in fields.items())])
+    record = np.zeros(1, dtype)
+    record["slot"] = slot
+    for name, leaf in fields.items():
+        record[name] = leaf
+    return record
+
+
+def request_row(admitted: AdmittedRequest, empty: np.ndarray) -> np.ndarray:
+    """The record of a request that takes a slot, from its tokens and its sampling parameters; `empty` is that of a slot nobody holds."""
+    record, params = empty.copy(), admitted.params
+    row = record[0]
     assert params.seed is not None, "the engine gives every request a seed"
+    row["slot"] = admitted.slot
+    row["tokens"][: len(admitted.token_ids)] = admitted.token_ids
+    row["num_tokens"] = len(admitted.token_ids)
+    row["prompt_len"] = admitted.prompt_len
+    row["max_total_tokens"] = admitted.max_total_tokens
+    row["key"] = seed_key(params.seed)
+    for name in _PARAMS:
+        row[name] = getattr(params, name)
     if params.logit_bias:
-        row.bias_ids[: len(params.logit_bias)] = list(params.logit_bias)
-        row.bias_values[: len(params.logit_bias)] = list(params.logit_bias.values())
+        row["bias_ids"][: len(params.logit_bias)] = list(params.logit_bias)
+        row["bias_values"][: len(params.logit_bias)] = list(params.logit_bias.values())
     if params.allowed_token_ids is not None:
-        row.allowed_mask[:] = _bitmask(params.allowed_token_ids, len(row.allowed_mask))
-    row.stop_ids[: len(admitted.stop_ids)] = admitted.stop_ids
+        row["allowed_mask"] = _bitmask(params.allowed_token_ids, len(row["allowed_mask"]))
+    row["stop_ids"][: len(admitted.stop_ids)] = admitted.stop_ids
     for idx, word in enumerate(admitted.bad_words):
-        row.bad_words[idx, MAX_BAD_WORD_TOKENS - len(word) :] = word
-    replaced: Slots = row.replace(  # type: ignore[attr-defined]
-        num_tokens=np.int32(len(admitted.token_ids)),
-        prompt_len=np.int32(admitted.prompt_len),
-        max_total_tokens=np.int32(admitted.max_total_tokens),
-        temperature=np.float32(params.temperature),
-        key=seed_key(params.seed),
-        top_k=np.int32(params.top_k),
-        top_p=np.float32(params.top_p),
-        min_p=np.float32(params.min_p),
-        repetition_penalty=np.float32(params.repetition_penalty),
-        presence_penalty=np.float32(params.presence_penalty),
-        frequency_penalty=np.float32(params.frequency_penalty),
-        min_tokens=np.int32(params.min_tokens),
-        drafted=np.asarray((admitted.num_drafted, 0, *admitted.draft_hole), np.int32),
-    )
-    return replaced
+        row["bad_words"][idx, MAX_BAD_WORD_TOKENS - len(word) :] = word
+    row["drafted"] = (admitted.num_drafted, 0, *admitted.draft_hole)
+    return record
 
 
 def sampling_mode(params: SamplingParams) -> SamplingMode:
@@ -214,13 +236,28 @@ def empty_slots(num_slots: int, max_model_len: int, vocab_size: int) -> Slots:
     return slots
 
 
-def write_row(slots: Slots, slot: jax.Array, row: Slots) -> Slots:
-    """The slots with one row replaced; compiled once, with `slots` donated. `slot` is clipped: some devices fail on one out of range."""
-    slot = jnp.clip(slot, 0, slots.num_tokens.shape[0] - 1)
-    written: Slots = jax.tree.map(
-        lambda all_rows, new: jax.lax.dynamic_update_index_in_dim(all_rows, new, slot, 0), slots, row
-    )
-    return written
+def write_row(slots: Slots, words: jax.Array) -> Slots:
+    """The slots with one row replaced; compiled once, with `slots` donated.
+
+    `words` [W] uint32 are the bits of a `row_record`. Its slot is clipped: some devices fail on one out of range.
+    """
+    slot = jnp.clip(jax.lax.bitcast_convert_type(words[0], jnp.int32), 0, slots.num_tokens.shape[0] - 1)
+    leaves, treedef = jax.tree.flatten(slots)
+    written, begin = [], 1
+    for all_rows in leaves:
+        end = begin + math.prod(all_rows.shape[1:])
+        new = jax.lax.bitcast_convert_type(words[begin:end], all_rows.dtype).reshape(all_rows.shape[1:])
+        written.append(jax.lax.dynamic_update_index_in_dim(all_rows, new, slot, 0))
+        begin = end
+    assert begin == len(words), (begin, len(words))
+    result: Slots = jax.tree.unflatten(treedef, written)
+    return result
+
+
+def num_row_words(slots: Slots) -> int:
+    """W, of these slots, which may be abstract."""
+    leaves: list[jax.Array] = jax.tree.leaves(slots)
+    return 1 + sum(math.prod(leaf.shape[1:]) for leaf in leaves)
 
 
 def cache_block_bytes(

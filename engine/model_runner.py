@@ -14,7 +14,7 @@ import numpy as np
 
 from quire.backends.base import Program, StepShape
 from quire.engine.compilation import CompilationCounter
-from quire.engine.device_state import DeviceState, Slots, StateSplit, empty_row, empty_slots, request_row
+from quire.engine.device_state import DeviceState, Slots, StateSplit, empty_row, empty_slots, request_row, row_record
 from quire.engine.drafting import Weights
 from quire.engine.input_batch import BatchLayout, InputBatch, ShapeChooser
 from quire.engine.planning import EnginePlan
@@ -130,6 +130,8 @@ class ModelRunner:
                 draft_features=on_every_device(features, plan.mesh, plan.backend.memory)
             )
         self._leaves, self._treedef = jax.tree.flatten(state)
+        # Of the sink, which stays so.
+        self._empty_row = row_record(resolved.max_num_seqs, empty_row(resolved.max_model_len, plan.model.vocab_size))
         # Which of them are the slots.
         self._slots_split = StateSplit(state, [field.name for field in dataclasses.fields(Slots)])
 
@@ -153,9 +155,8 @@ class ModelRunner:
         request. Whatever is compiled afterwards is counted and logged as a defect.
         """
         begin = time.perf_counter()
-        max_model_len, vocab_size = self._plan.resolved.max_model_len, self._plan.model.vocab_size
         sources = [self.step_source(shape) for shape in self._plan.shapes]
-        slot_update = slot_update_source(self.state.slots, max_model_len, vocab_size, self._plan.mesh)
+        slot_update = slot_update_source(self.state.slots, self._plan.mesh)
         *programs, self._write_row = build_all(self._plan.backend, [*sources, slot_update], self._build, progress)
         self.programs = dict(zip(self._plan.shapes, programs, strict=True))
         self._arguments = {
@@ -163,7 +164,7 @@ class ModelRunner:
             for source in sources
             if source.shape and source.split
         }
-        self._write(self._plan.resolved.max_num_seqs, empty_row(max_model_len, vocab_size))
+        self._write(self._empty_row)
         for shape in self._plan.shapes:
             self._run(shape, self._batch.padding(shape))
         jax.block_until_ready(self._leaves)
@@ -185,9 +186,7 @@ class ModelRunner:
         launched_at = time.monotonic()
         for admitted in step.admitted:
             self._batch.admit(admitted)
-            self._write(
-                admitted.slot, request_row(admitted, self._plan.resolved.max_model_len, self._plan.model.vocab_size)
-            )
+            self._write(request_row(admitted, self._empty_row))
         inputs, layout = self._batch.build(step)
         if step.catch_up:
             shape, catch_up = self._batch.build_catch_up(step)
@@ -235,9 +234,9 @@ class ModelRunner:
             ]
         return ModelRunnerOutput(token_ids, row_logprobs, self._prompt_logprobs(dispatched), rounds)
 
-    def _write(self, slot: int, row: Slots) -> None:
+    def _write(self, row: np.ndarray) -> None:
         assert self._write_row is not None, "warm_up comes first"
-        slots = self._write_row(self.state.slots, np.int32(slot), row)
+        slots = self._write_row(self.state.slots, row.view(np.uint32))
         self._keep(self._slots_split, jax.tree.leaves(slots))
 
     def _prompt_logprobs(self, dispatched: Dispatched) -> dict[str, list[TokenLogprobs]]:

@@ -121,7 +121,7 @@ class EnginePlan:
         """Every program of the engine, from abstract weights: what can be compiled on a machine that has neither them nor the device."""
         weights, state = self.abstract_weights(), self.abstract_state()
         steps = [step_source(self.step_config, shape, weights, state, self.mesh) for shape in self.shapes]
-        return [*steps, slot_update_source(state.slots, self.resolved.max_model_len, self.model.vocab_size, self.mesh)]
+        return [*steps, slot_update_source(state.slots, self.mesh)]
 
     def abstract_weights(self) -> Weights:
         """Shapes, dtypes and shardings of all parameters."""

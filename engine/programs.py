@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from quire.backends.base import Backend, Program, StepShape
 from quire.backends.memory import DeviceMemory
-from quire.engine.device_state import DeviceState, StateSplit, empty_row, write_row
+from quire.engine.device_state import DeviceState, StateSplit, num_row_words, write_row
 from quire.engine.drafting import CatchUpInput, Weights
 from quire.engine.step import ModelInput, StepConfig, changed_by, make_step, read_by
 
@@ -61,10 +61,10 @@ def weights_of(config: StepConfig, shape: StepShape, weights: Weights) -> Weight
     return Weights(None, weights.draft) if shape.is_catch_up else Weights(weights.target)
 
 
-def slot_update_source(slots: Any, max_model_len: int, vocab_size: int, mesh: Mesh) -> ProgramSource:
+def slot_update_source(slots: Any, mesh: Mesh) -> ProgramSource:
     """The program that writes one request's row; slots are real or abstract."""
-    slot = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere(mesh))
-    arguments = (abstract(slots), slot, abstract_on(empty_row(max_model_len, vocab_size), everywhere(mesh)))
+    words = jax.ShapeDtypeStruct((num_row_words(slots),), np.uint32, sharding=everywhere(mesh))
+    arguments = (abstract(slots), words)
     return ProgramSource(None, spread(write_row, arguments, specs_of(arguments[0]), mesh), arguments, (0,))
 
 

@@ -139,15 +139,20 @@ def some_tokens(problem: Problem, first: int, end: int) -> Problem:
     )
 
 
+@cache
+def alone_attention(instruction_set: str, name: str, dtype: str) -> tuple[Case, Problem, np.ndarray]:
+    """40 decode rows with histories of all lengths, and the output of each by itself on one thread."""
+    lengths = [0, 62, 63, 64, 127, 128, *np.random.default_rng(3).integers(0, 200, 34).tolist()]
+    case, problem = case_of(name, dtype, tuple((length, 1) for length in sorted(lengths)))
+    with at_most_threads(instruction_set, 1):
+        outputs = [attend(instruction_set, case, some_rows(problem, np.array([row])))[0] for row in range(40)]
+    return case, problem, np.concatenate(outputs)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_does_not_depend_on_the_other_rows(instruction_set, threads, name: str, dtype: str) -> None:
-    lengths = RNG.permutation(np.concatenate([[0, 62, 63, 64, 127, 128], RNG.integers(0, 200, 34)]))
-    case, problem = case_of(name, dtype, tuple((int(n), 1) for n in sorted(lengths)))
-    with at_most_threads(instruction_set, 1):
-        alone = np.concatenate(
-            [attend(instruction_set, case, some_rows(problem, np.array([row])))[0] for row in range(40)]
-        )
+    case, problem, alone = alone_attention(instruction_set, name, dtype)
     with at_most_threads(instruction_set, threads):
         for batch in BATCHES:
             found, _ = attend(instruction_set, case, some_rows(problem, batch))
