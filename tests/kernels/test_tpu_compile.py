@@ -47,7 +47,7 @@ PROGRAMS = [
     *((program, shape) for shape in SHAPES for program in ("paged_attention", "write_kv")),
     *(("layers", replace(shape, num_layers=NUM_LAYERS)) for shape in (DECODE, PREFILL, SHAPES[4])),
 ]
-CHIPS = ["v5e", "v6e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v4", "v5p", "tpu7x"))]
+CHIPS = ["v5e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v6e", "v4", "v5p", "tpu7x"))]
 
 
 @functools.cache
