@@ -14,12 +14,22 @@ from quire.kernels.linear.quantize import quantize_rows, quantize_weight
 from quire.kernels.op import OpContext
 
 
+def _form(name: str) -> Any:
+    """A static field that tells two forms with the same arrays apart.
+
+    By their class alone JAX does not: it compares tree structures of registered dataclasses by their fields (jaxlib 0.10.2), and where
+    the hashes meet too, seldom and differently in every process, it runs the program of the one form with the other.
+    """
+    return flax.struct.field(pytree_node=False, default=name)  # type: ignore[no-untyped-call]
+
+
 @flax.struct.dataclass
 class QuantizedMatrix:
     """A matrix whose column n is scales[n] x values[:, n]; axes before those two are of several matrices of one shape."""
 
     values: Any  # [..., K, N] int8
     scales: Any  # [..., N] float32
+    form: str = _form("integers")
 
     def matmul(self, x: jax.Array, is_used: jax.Array | None = None) -> jax.Array:
         """See `contract.Weight`: computes every row."""
@@ -38,6 +48,7 @@ class WeightOnlyMatrix:
 
     values: Any  # [..., K, N] int8
     scales: Any  # [..., N] float32
+    form: str = _form("weight_only")
 
     def matmul(self, x: jax.Array, is_used: jax.Array | None = None) -> jax.Array:
         """See `contract.Weight`; summed in float32. Computes every row."""

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from quire.kernels.errors import KernelUnavailableError
 from quire.kernels.linear import cpu, reference
 from quire.kernels.linear.quantize import quantize_weight
+from quire.kernels.native.library import INSTRUCTION_SETS, refuses
 from quire.kernels.op import OpContext
 from quire.kernels.ops import choose_ops
 from tests.kernels.linear_suite import (
@@ -21,7 +23,7 @@ from tests.kernels.linear_suite import (
     product,
     source,
 )
-from tests.kernels.native import needs
+from tests.kernels.native import CONTEXT, needs
 
 
 class TestReference(LinearConformance):
@@ -64,6 +66,15 @@ def test_int8_is_multiplied_in_integers_where_there_are_products_of_them(
         platform, "", "bfloat16", 8, 2, 64, 16, quantization=quantization, has_experts=has_experts, scan_layers=True
     )
     assert choose_ops(context).linear.name == name
+
+
+def test_a_program_of_one_form_is_never_taken_for_another() -> None:
+    """Programs are found by the structure of what they are given, and hashes alone may meet."""
+    prepares = [reference.prepare, reference.prepare_weight_only]
+    prepares += [partial(cpu.prepare, name) for name in INSTRUCTION_SETS if not refuses(name, CONTEXT)]
+    structures = [jax.tree.structure(prepare(source("int8", (70, 36)), "int8")) for prepare in prepares]
+    for idx, structure in enumerate(structures):
+        assert structure not in structures[:idx]
 
 
 def test_int8_products_that_a_device_lacks_are_refused_by_name() -> None:
