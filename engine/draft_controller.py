@@ -11,10 +11,25 @@ here is random and no clock is read: the same calls in the same order give the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from quire.engine.draft_estimates import Acceptance, AcceptanceCurve, StepCosts
+
+
+class _Standing:
+    """Of a batch size: the best arm and what was best before, after how many steps that is measured again, and what probes may cost.
+
+    A probe for cost is so many steps more with the arm held, however many others come in between.
+    """
+
+    __slots__ = ("best", "budget", "check_after", "held", "num_held", "rival", "steps_since_probe")
+
+    def __init__(self, check_after: int) -> None:
+        self.best = self.rival = self.held = self.num_held = self.steps_since_probe = 0
+        self.check_after = check_after
+        self.budget = 0.0
 
 
 class _Probe:
@@ -30,9 +45,19 @@ class _Probe:
         "num_steps",
         "paid",
         "seconds_per_token",
+        "standing",
     )
 
-    def __init__(self, more_than: int, length: int, num_needed: float, paid: float, seconds_per_token: float) -> None:
+    def __init__(
+        self,
+        standing: _Standing,
+        more_than: int,
+        length: int,
+        num_needed: float,
+        paid: float,
+        seconds_per_token: float,
+    ) -> None:
+        self.standing = standing
         self.more_than = more_than
         self.length = length
         self.num_needed = num_needed
@@ -57,10 +82,10 @@ class DraftController:
       above what more drafts cost: then the machine was slower when it was measured. What was best before is measured again sooner:
       if it only looked worse in a bad moment, that is found out.
 
-    Each probe is paid from a budget, `EXPLORATION_SHARE` of the time served, `BACKED_OFF_SHARE` while they fail: the time by which it
-    is expected to fall behind the best K, corrected once its tokens are known. Among several, the one is taken for which age by price
-    is largest, which gives each the same share. New requests change nothing in this: they begin at the engine's rate and are probed
-    with the rest.
+    Each probe is paid from a budget, `EXPLORATION_SHARE` of the time served with about as many rows, `BACKED_OFF_SHARE` while they
+    fail: the time by which it is expected to fall behind the best K, corrected once its tokens are known. Among several, the one is
+    taken for which age by price is largest, which gives each the same share, but first what lies above the cost of more drafts: it
+    may hide the best. New requests change nothing in this: they begin at the engine's rate and are probed with the rest.
     """
 
     EXPLORATION_SHARE = 0.015
@@ -88,6 +113,8 @@ class DraftController:
     # Steps of a probe for cost where these are cheap: so many that those of before and the first ones do not count any more. In a few steps
     # among others a number of drafts looks slower than it is, and what is hardly worse would never be given up.
     MAX_LENGTH = 12
+    # Of what more drafts cost, the share that may come to nothing.
+    RISK = 0.25
 
     def __init__(self, draft_counts: Sequence[int]) -> None:
         """`draft_counts` are the compiled numbers of drafts, ascending from 0."""
@@ -100,14 +127,12 @@ class DraftController:
         self._costs = StepCosts(self.draft_counts)
         self.acceptance = Acceptance(self._curve)
         self._num_trials = [0] * len(self.draft_counts)
-        self._budget = 0.0
         self._interval = self.MIN_INTERVAL
-        self._steps_since_probe = 0
         self._probe: _Probe | None = None
         self._rest = 0
-        self._best = self._rival = 0
-        self._check_after = self.REMEASURE_AFTER
-        self._hold = (0, 0)
+        self._standings: dict[int, _Standing] = {}
+        # Of the batch size of the last choice.
+        self._standing = self._standing_of(0)
         # Of the last step.
         self._rounds_per_step = 1
         # The last choice, for how many rows it was made, and for how many steps it holds.
@@ -118,6 +143,12 @@ class DraftController:
         # Steps of a probe for the cost of more drafts: two where the first has to catch up, which says nothing of the cost.
         self._least_wider = 1
 
+    def _standing_of(self, num_rows: int) -> _Standing:
+        bucket = self._costs.bucket(num_rows)
+        if bucket not in self._standings:
+            self._standings[bucket] = _Standing(self.REMEASURE_AFTER)
+        return self._standings[bucket]
+
     def new_acceptance(self) -> Acceptance:
         """For a new request."""
         return Acceptance(self._curve, self.acceptance)
@@ -127,7 +158,7 @@ class DraftController:
         if not self._rest:
             return False
         self._rest -= 1
-        self._steps_since_probe += 1
+        self._standing.steps_since_probe += 1
         return True
 
     def choose(self, num_rows: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> int:
@@ -139,7 +170,7 @@ class DraftController:
         most = max(limits, default=0)
         if self._repeat and num_rows == self._last_rows and self._last <= most:
             self._repeat -= 1
-            self._steps_since_probe += 1
+            self._standing.steps_since_probe += 1
             return self._last
         self._repeat = 0
         self._look_back()
@@ -152,27 +183,28 @@ class DraftController:
         tokens = self._expected_tokens(num_arms, rows, limits)
         rates = [tokens[arm] / seconds[arm] for arm in range(num_arms)]
         best = rates.index(max(rates))
-        if best != self._best:
-            self._best, self._rival, self._check_after = best, self._best, self.MIN_CHECK
-        arm = self._held(num_arms)
+        standing = self._standing = self._standing_of(num_rows)
+        if best != standing.best:
+            standing.best, standing.rival, standing.check_after = best, standing.best, self.MIN_CHECK
+        arm = self._held(standing, num_arms)
         if arm is None:
             arm = self._next_trial(bucket, rates, seconds)
         if arm is None:
             self._judge_probe()
-            self._steps_since_probe += 1
+            standing.steps_since_probe += 1
             arm, due = best, 0.0
-            if self._probe is None and self._budget > 0.0:
+            if self._probe is None and standing.budget > 0.0:
                 arm, length, price, due = self._pick_probe(bucket, best, tokens, seconds, sum(limits))
                 paid = length * self._rounds_per_step * price
                 if arm != best:
-                    self._hold = (arm, length - 1)
-                    self._budget -= paid
-                    self._steps_since_probe = 0
-                if arm == self._rival:
-                    self._check_after = min(2 * self._check_after, self.REMEASURE_AFTER)
+                    standing.held, standing.num_held = arm, length - 1
+                    standing.budget -= paid
+                    standing.steps_since_probe = 0
+                if arm == standing.rival:
+                    standing.check_after = min(2 * standing.check_after, self.REMEASURE_AFTER)
                 if arm > best:
                     num_needed = rates[best] * seconds[arm] - len(rows) - self._accepted_anyway(best, rows, limits)
-                    self._probe = _Probe(self.draft_counts[best], length, num_needed, paid, 1 / rates[best])
+                    self._probe = _Probe(standing, self.draft_counts[best], length, num_needed, paid, 1 / rates[best])
             if arm == best and self._probe is None:
                 if arm:
                     self._repeat = self.REPEAT
@@ -181,13 +213,12 @@ class DraftController:
         self._last, self._last_rows = self.draft_counts[arm], num_rows
         return self._last
 
-    def _held(self, num_arms: int) -> int | None:
+    def _held(self, standing: _Standing, num_arms: int) -> int | None:
         """The arm that is to be taken again, if rows may have as many drafts."""
-        arm, num_left = self._hold
-        if not num_left:
+        if not standing.num_held:
             return None
-        self._hold = (arm, num_left - 1)
-        return arm if arm < num_arms else None
+        standing.num_held -= 1
+        return standing.held if standing.held < num_arms else None
 
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float, num_rounds: int = 1) -> None:
         """A decode step with K = `num_drafts` took so long, from the end of the step before it to its own end.
@@ -214,8 +245,9 @@ class DraftController:
         steps, self._unseen = self._unseen, []
         num_rows, num_drafts, num_rounds = self._unseen_kind
         cost = num_rounds * self._costs.observe(num_rows, self._arms[num_drafts], steps)
-        saved = self._budget + self._share * len(steps) * cost
-        self._budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
+        standing = self._standing_of(num_rows)
+        saved = standing.budget + self._share * len(steps) * cost
+        standing.budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
         self._count_probe(num_drafts, num_rounds, len(steps))
         self._curve.refresh()
 
@@ -284,7 +316,8 @@ class DraftController:
             is_open = 2 * rate >= max(rates) or self._costs.is_contradicted(bucket, arm, seconds[arm])
             if self._num_trials[arm] == 1 and is_open:
                 self._num_trials[arm] = 2
-                self._hold = (arm, self.TRIAL_LENGTH - 1)
+                standing = self._standing
+                standing.held, standing.num_held = arm, self.TRIAL_LENGTH - 1
                 return arm
         return None
 
@@ -295,28 +328,32 @@ class DraftController:
 
         If there is none `best`, 0, 0 and in how many steps there may be one.
         """
-        best_rate = tokens[best] / seconds[best]
+        best_rate, standing = tokens[best] / seconds[best], self._standing
         chosen, price, highest_score, for_cost = best, 0.0, 0.0, False
         for arm, count in enumerate(self.draft_counts[: len(tokens)]):
             if arm == best:
                 continue
             age = self._costs.age(bucket, arm)
             loss = max(seconds[arm] - tokens[arm] / best_rate, 0.01 * seconds[arm])
-            holds_for = self._check_after if arm == self._rival else self.REMEASURE_AFTER
+            holds_for = standing.check_after if arm == standing.rival else self.REMEASURE_AFTER
             is_old = age > holds_for or not self._costs.is_sure(bucket, arm, seconds[arm])
             most_tokens = tokens[0] + min(sum_limits, count * tokens[0])
             if is_old or (arm > best and most_tokens > best_rate * seconds[arm]):
                 score = min(age, self.REMEASURE_AFTER) / loss
+                if self._costs.is_contradicted(bucket, arm, seconds[arm]):
+                    score = math.inf  # what is surely wrong comes first: it may hide the best
                 if score > highest_score:
                     chosen, price, highest_score, for_cost = arm, loss, score, is_old
         if chosen == best:
             return best, 0, 0.0, 0.0
-        # Drafts are tested by one step, costs by those that follow their own kind: as many as cost no more than a step of the best.
+        # Drafts are tested by one step, costs by those that follow their own kind: as many as cost no more than a step of the best. More
+        # drafts may bring less than is thought.
         least = 2 if chosen < best else self._least_wider
-        length = min(max(int(seconds[best] / price), least), self.MAX_LENGTH) if for_cost else 1
+        risk = max(price, self.RISK * (seconds[chosen] - seconds[best]))
+        length = min(max(int(seconds[best] / risk), least), self.MAX_LENGTH) if for_cost else 1
         wait = min(self._interval, length * price / (self.BACKED_OFF_SHARE * seconds[best]))
-        steps_to_save = (length * price - self._budget / self._rounds_per_step) / (self._share * seconds[best])
-        due = max(steps_to_save, wait - self._steps_since_probe)
+        steps_to_save = (length * price - standing.budget / self._rounds_per_step) / (self._share * seconds[best])
+        due = max(steps_to_save, wait - standing.steps_since_probe)
         return (best, 0, 0.0, due) if due > 0.0 else (chosen, length, price, 0.0)
 
     def _accepted_anyway(self, best: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> float:
@@ -334,10 +371,10 @@ class DraftController:
         if probe.num_steps >= probe.length:
             self._probe = None
             gain = probe.num_accepted - probe.num_rounds * probe.num_needed
-            self._budget += probe.paid + gain * probe.seconds_per_token
+            probe.standing.budget += probe.paid + gain * probe.seconds_per_token
             if gain >= 0.0:
                 self._interval = max(self._interval // 2, self.MIN_INTERVAL)
-                self._steps_since_probe = self.MAX_INTERVAL
+                probe.standing.steps_since_probe = self.MAX_INTERVAL
             else:
                 self._interval = min(2 * self._interval, self.MAX_INTERVAL)
         elif probe.age > self.MAX_PROBE_AGE:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 # Rates are rounded to this many steps, so that a batch's expected tokens are looked up rather than computed.
@@ -168,6 +168,20 @@ class Acceptance:
         return self._curve.tokens_by_level[self.level][min(num_drafts, self._curve.max_drafts)]
 
 
+class _Usual:
+    """The number of drafts that most steps of a bucket have: its samples since a gap, up to a few, and those of others since its last.
+
+    Also what such a step took when the others were last seen in proportion to it, 0 for never, and when that was.
+    """
+
+    __slots__ = ("arm", "num_fresh", "num_others", "seconds", "seen_at")
+
+    def __init__(self, arm: int) -> None:
+        self.arm = arm
+        self.num_fresh = self.num_others = self.seen_at = 0
+        self.seconds = 0.0
+
+
 class StepCosts:
     """Seconds that a decode step takes, by the number of rows in powers of two and by number of drafts.
 
@@ -177,11 +191,13 @@ class StepCosts:
     median of its last samples, so that single slow steps count for nothing.
 
     What makes the usual step slower, others who use the machine or longer contexts, makes those with other numbers of drafts slower
-    too, which are seldom measured: so they are taken to follow it. Usual is a cell once all its samples are of late; before, what it
-    takes is compared with what the others took.
+    too, which are seldom measured: so they are taken to follow it, up and down alike, also over a time in which there were no such
+    batches. Usual is, among the steps with so many rows, what was taken more often of late than a probe lasts.
     """
 
     WINDOW = 9
+    # Samples of other numbers of drafts, none of the usual one among them, after which one of those is usual: more than a probe's.
+    TAKES_OVER = 12
     # Steps of the engine after which a cell's samples are no longer compared with new ones: only their median stays.
     STALE_AFTER = 512
     # Times its estimate, beyond which a cell is taken to be wrong: noise stays below.
@@ -194,18 +210,15 @@ class StepCosts:
     def __init__(self, draft_counts: Sequence[int]) -> None:
         self._draft_counts = tuple(draft_counts)
         self._assumed = tuple(1.0 + self.ASSUMED_PER_DRAFT * count for count in draft_counts)
-        self._samples: dict[tuple[int, int], deque[float]] = {}
+        # Each with the step of the engine that it was taken at.
+        self._samples: dict[tuple[int, int], deque[tuple[float, int]]] = {}
         self._medians: dict[int, list[float | None]] = {}
         self._measured_at: dict[tuple[int, int], int] = {}
         self._num_steps = 0
         # Of the last two steps, and what the last one took.
         self._cells: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
         self._seconds = 0.0
-        # What most steps are of late, its samples since then, and those of others since its last.
-        self._usual: tuple[int, int] | None = None
-        self._num_usual = self._num_unusual = 0
-        # What the usual step took as the others were made to follow it last.
-        self._followed: float | None = None
+        self._usual: dict[int, _Usual] = {}
 
     @staticmethod
     def bucket(num_rows: int) -> int:
@@ -229,44 +242,58 @@ class StepCosts:
                 self._measured_at[cell] = self._num_steps
         if steps:
             self._num_steps += len(steps)
-            known = medians[arm]
+            gap = self.age(*cell) - len(steps)
             self._add(cell, steps)
-            if known is not None and self._count_usual(cell, len(steps)):
-                self._follow(cell, known, medians[arm] or known)
+            if self._is_followed(cell, len(steps), gap):
+                self._follow(cell)
         return medians[arm] or self._seconds
 
     def interrupt(self, num_rows: int, arm: int | None) -> None:
         """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
         self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
 
-    def _count_usual(self, cell: tuple[int, int], num_samples: int) -> bool:
-        """Counts samples of this cell; whether it is what most steps are, and all its samples are of late."""
-        if cell == self._usual:
-            self._num_usual += num_samples
-            self._num_unusual = 0
-        else:
-            self._num_unusual += num_samples
-            if self._num_unusual > self.WINDOW // 2:
-                self._usual, self._num_usual, self._num_unusual = cell, 0, 0
-                self._followed = None
-        return cell == self._usual and self._num_usual > self.WINDOW
-
-    def _follow(self, cell: tuple[int, int], before: float, now: float) -> None:
-        """What changes the cost of the usual step, which was `before`, changes that of others alike."""
-        followed = before if self._followed is None else self._followed
-        if abs(now - followed) <= self.UNNOTICED * followed:
-            self._followed = followed
-            return
-        self._followed = now
+    def _is_followed(self, cell: tuple[int, int], num_samples: int, gap: float) -> bool:
+        """Counts samples of this cell, which came `gap` steps after those before. Whether it is what is usual, and known anew."""
         bucket, arm = cell
-        medians, factor = self._medians[bucket], now / followed
+        usual = self._usual.get(bucket)
+        if usual is None or (usual.arm != arm and usual.num_others + num_samples > self.TAKES_OVER):
+            usual = self._usual[bucket] = _Usual(arm)
+        if usual.arm != arm:
+            usual.num_others += num_samples
+            return False
+        usual.num_others = 0
+        usual.num_fresh = num_samples + (0 if gap > self.WINDOW else min(usual.num_fresh, self.WINDOW))
+        return usual.num_fresh > self.WINDOW // 2
+
+    def _follow(self, cell: tuple[int, int]) -> None:
+        """What changed the cost of the usual step changes that of others alike; by half of it, what was measured in the meantime."""
+        bucket, arm = cell
+        usual, medians = self._usual[bucket], self._medians[bucket]
+        now = medians[arm]
+        assert now is not None, "the usual step has samples"
+        before, seen_at = usual.seconds or now, usual.seen_at
+        usual.seen_at = self._num_steps
+        if usual.seconds and abs(now - before) <= self.UNNOTICED * before:
+            return
+        usual.seconds = now
+        factor = now / before
+        half = math.sqrt(factor)
         for other, median in enumerate(medians):
-            if other != arm and median is not None:
-                medians[other] = median * factor
-                samples = self._samples.get((bucket, other))
-                if samples:
-                    for idx in range(len(samples)):
-                        samples[idx] *= factor
+            if other == arm or median is None:
+                continue
+            samples = self._samples.get((bucket, other))
+            if samples:
+                for idx, (seconds, at) in enumerate(samples):
+                    samples[idx] = seconds * (factor if at <= seen_at else half), at
+                medians[other] = self._median(samples)
+            else:
+                medians[other] = median * (factor if self._measured_at[bucket, other] <= seen_at else half)
+
+    @staticmethod
+    def _median(samples: Iterable[tuple[float, int]]) -> float:
+        """The lower one, of seconds."""
+        ascending = sorted(samples)
+        return ascending[(len(ascending) - 1) // 2][0]
 
     def _add(self, cell: tuple[int, int], steps: Sequence[float]) -> None:
         """More samples of a cell."""
@@ -278,10 +305,10 @@ class StepCosts:
                 samples.clear()  # taken in a bad moment: nothing to average with
             elif self.age(bucket, arm) > self.STALE_AFTER:
                 samples.clear()
-                samples.append(median)
-        samples.extend(steps)
+                samples.append((median, self._measured_at[cell]))
+        samples.extend([(seconds, self._num_steps) for seconds in steps])
         self._measured_at[cell] = self._num_steps
-        medians[arm] = sorted(samples)[(len(samples) - 1) // 2]
+        medians[arm] = self._median(samples)
 
     def age(self, bucket: int, arm: int) -> float:
         """Steps of the engine since this was measured last; infinite if it never was."""
