@@ -113,6 +113,8 @@ class DraftController:
     # Steps of a probe for cost where these are cheap: so many that those of before and the first ones do not count any more. In a few steps
     # among others a number of drafts looks slower than it is, and what is hardly worse would never be given up.
     MAX_LENGTH = 12
+    # Of the best throughput, what one of fewer drafts has at least if more than two steps are spent to learn its cost.
+    CLOSE = 0.75
     # Of what more drafts cost, the share that may come to nothing.
     RISK = 0.25
 
@@ -197,7 +199,7 @@ class DraftController:
                 arm, length, price, due = self._pick_probe(bucket, best, tokens, seconds, sum(limits))
                 paid = length * self._rounds_per_step * price
                 if arm != best:
-                    standing.held, standing.num_held = arm, length - 1
+                    self._hold(standing, arm, length - 1)
                     standing.budget -= paid
                     standing.steps_since_probe = 0
                 if arm == standing.rival:
@@ -213,11 +215,20 @@ class DraftController:
         self._last, self._last_rows = self.draft_counts[arm], num_rows
         return self._last
 
+    def _hold(self, standing: _Standing, arm: int, num_steps: int) -> None:
+        """Has so many steps more go by this arm, as soon as its batch size is there; without drafts at once, as in the long run."""
+        if arm:
+            standing.held, standing.num_held = arm, num_steps
+        else:
+            self._rest = num_steps
+
     def _held(self, standing: _Standing, num_arms: int) -> int | None:
         """The arm that is to be taken again, if rows may have as many drafts."""
         if not standing.num_held:
             return None
-        standing.num_held -= 1
+        if standing.held < num_arms:
+            self._repeat = min(standing.num_held - 1, self.REPEAT)
+        standing.num_held -= 1 + self._repeat
         return standing.held if standing.held < num_arms else None
 
     def observe_step(self, num_rows: int, num_drafts: int, seconds: float, num_rounds: int = 1) -> None:
@@ -316,8 +327,7 @@ class DraftController:
             is_open = 2 * rate >= max(rates) or self._costs.is_contradicted(bucket, arm, seconds[arm])
             if self._num_trials[arm] == 1 and is_open:
                 self._num_trials[arm] = 2
-                standing = self._standing
-                standing.held, standing.num_held = arm, self.TRIAL_LENGTH - 1
+                self._hold(self._standing, arm, self.TRIAL_LENGTH - 1)
                 return arm
         return None
 
@@ -348,7 +358,8 @@ class DraftController:
             return best, 0, 0.0, 0.0
         # Drafts are tested by one step, costs by those that follow their own kind: as many as cost no more than a step of the best. More
         # drafts may bring less than is thought.
-        least = 2 if chosen < best else self._least_wider
+        may_win = tokens[chosen] > self.CLOSE * best_rate * seconds[chosen]
+        least = self._least_wider if chosen > best else self.TRIAL_LENGTH if may_win else 2
         risk = max(price, self.RISK * (seconds[chosen] - seconds[best]))
         length = min(max(int(seconds[best] / risk), least), self.MAX_LENGTH) if for_cost else 1
         wait = min(self._interval, length * price / (self.BACKED_OFF_SHARE * seconds[best]))

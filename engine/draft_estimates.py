@@ -171,14 +171,14 @@ class Acceptance:
 class _Usual:
     """The number of drafts that most steps of a bucket have: its samples since a gap, up to a few, and those of others since its last.
 
-    Also what such a step took when the others were last seen in proportion to it, 0 for never, and when that was.
-    """
+    Also what such a step took when the others were last in proportion to it, 0 for unknown, and when that was; and when there was any
+    sample last."""
 
-    __slots__ = ("arm", "num_fresh", "num_others", "seconds", "seen_at")
+    __slots__ = ("arm", "num_fresh", "num_others", "seconds", "seen_any_at", "seen_at")
 
     def __init__(self, arm: int) -> None:
         self.arm = arm
-        self.num_fresh = self.num_others = self.seen_at = 0
+        self.num_fresh = self.num_others = self.seen_at = self.seen_any_at = 0
         self.seconds = 0.0
 
 
@@ -186,9 +186,10 @@ class StepCosts:
     """Seconds that a decode step takes, by the number of rows in powers of two and by number of drafts.
 
     The host's work for a step is partly done while the device is at the next, so a step after one with more drafts takes longer
-    than it would among its like, and one after fewer drafts less. So a sample is a step that follows one of its own kind; or, of a
-    single one within steps of fewer drafts, what it and the step after it took together, less what that one costs. A cell is the lower
-    median of its last samples, so that single slow steps count for nothing.
+    than it would among its like, and one after fewer drafts less; and a kind takes some steps to be as fast as in the long run. So a
+    sample is a step that follows one of its own kind, in the later half of those seen at once; or, of a single one within steps of
+    fewer drafts, what it and the step after it took together, less what that one costs. A cell is the lower median of its last samples,
+    so that single slow steps count for nothing.
 
     What makes the usual step slower, others who use the machine or longer contexts, makes those with other numbers of drafts slower
     too, which are seldom measured: so they are taken to follow it, up and down alike, also over a time in which there were no such
@@ -232,8 +233,9 @@ class StepCosts:
         self._cells, self._seconds = (last if len(steps) == 1 else cell, cell), steps[-1]
         medians = self._medians.setdefault(cell[0], [None] * len(self._draft_counts))
         if cell != last:
-            first, steps = steps[0], steps[1:]
-            self._num_steps += 1
+            num_unsettled = (len(steps) + 1) // 2
+            first, steps = steps[0], steps[num_unsettled:]
+            self._num_steps += num_unsettled
             known = medians[arm]
             if before == cell and last is not None and cell < last and known is not None:
                 self._add(last, [max(last_seconds + first - known, known)])
@@ -241,10 +243,11 @@ class StepCosts:
                 medians[arm] = first if known is None else (known + first) / 2
                 self._measured_at[cell] = self._num_steps
         if steps:
+            usual = self._usual_of(cell, len(steps))
             self._num_steps += len(steps)
-            gap = self.age(*cell) - len(steps)
             self._add(cell, steps)
-            if self._is_followed(cell, len(steps), gap):
+            usual.seen_any_at = self._num_steps
+            if usual.arm == arm and usual.num_fresh > self.WINDOW // 2:
                 self._follow(cell)
         return medians[arm] or self._seconds
 
@@ -252,21 +255,26 @@ class StepCosts:
         """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
         self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
 
-    def _is_followed(self, cell: tuple[int, int], num_samples: int, gap: float) -> bool:
-        """Counts samples of this cell, which came `gap` steps after those before. Whether it is what is usual, and known anew."""
+    def _usual_of(self, cell: tuple[int, int], num_samples: int) -> _Usual:
+        """Of the cell's bucket, once it has so many samples more."""
         bucket, arm = cell
         usual = self._usual.get(bucket)
-        if usual is None or (usual.arm != arm and usual.num_others + num_samples > self.TAKES_OVER):
+        if usual is None:
             usual = self._usual[bucket] = _Usual(arm)
-        if usual.arm != arm:
+        elif self._num_steps - usual.seen_any_at > self.WINDOW:
+            # Not for a while were there so many rows. What comes first now is taken to be to the others as it was before.
+            usual.arm, usual.num_fresh = arm, 0
+            usual.seconds, usual.seen_at = self._medians[bucket][arm] or 0.0, usual.seen_any_at
+        elif usual.arm != arm and usual.num_others + num_samples > self.TAKES_OVER:
+            usual.arm, usual.num_fresh, usual.seconds = arm, 0, 0.0
+        if usual.arm == arm:
+            usual.num_fresh, usual.num_others = min(usual.num_fresh + num_samples, self.WINDOW), 0
+        else:
             usual.num_others += num_samples
-            return False
-        usual.num_others = 0
-        usual.num_fresh = num_samples + (0 if gap > self.WINDOW else min(usual.num_fresh, self.WINDOW))
-        return usual.num_fresh > self.WINDOW // 2
+        return usual
 
     def _follow(self, cell: tuple[int, int]) -> None:
-        """What changed the cost of the usual step changes that of others alike; by half of it, what was measured in the meantime."""
+        """What changed the cost of the usual step changes that of others alike; what was measured in the meantime, by what came after."""
         bucket, arm = cell
         usual, medians = self._usual[bucket], self._medians[bucket]
         now = medians[arm]
@@ -277,17 +285,21 @@ class StepCosts:
             return
         usual.seconds = now
         factor = now / before
-        half = math.sqrt(factor)
+        num_steps = max(self._num_steps - seen_at, 1)
+
+        def changed(seconds: float, at: int) -> float:
+            return seconds * math.pow(factor, min((self._num_steps - at) / num_steps, 1.0))
+
         for other, median in enumerate(medians):
             if other == arm or median is None:
                 continue
             samples = self._samples.get((bucket, other))
             if samples:
                 for idx, (seconds, at) in enumerate(samples):
-                    samples[idx] = seconds * (factor if at <= seen_at else half), at
+                    samples[idx] = changed(seconds, at), at
                 medians[other] = self._median(samples)
             else:
-                medians[other] = median * (factor if self._measured_at[bucket, other] <= seen_at else half)
+                medians[other] = changed(median, self._measured_at[bucket, other])
 
     @staticmethod
     def _median(samples: Iterable[tuple[float, int]]) -> float:
