@@ -380,11 +380,16 @@ def test_rows_that_become_predictable_are_noticed_beside_rows_that_may_have_fewe
     assert steps_until(choices, lambda choice: choice == 7) <= 100
 
 
-@pytest.mark.parametrize(("num_rows", "within"), [(1, 200), (8, 100)])
+@pytest.mark.parametrize(("num_rows", "within"), [(1, 150), (8, 100)])
 def test_text_that_is_predictable_no_longer_is_drafted_for_little_soon_and_not_at_all_later(num_rows, within):
-    choices = Device(num_rows, medium, lifetime=10**6).run([[GOOD] * num_rows, [FAILS] * num_rows], 1000).choices
-    assert steps_until(choices[1000:], lambda choice: choice <= 1) <= 60
-    assert steps_until(choices[1000:], lambda choice: choice == 0) <= within
+    """One row alone shows little, so its runs differ."""
+    num_seeds = 30 if num_rows == 1 else 4
+    runs = [
+        Device(num_rows, medium, lifetime=10**6, seed=seed).run([[GOOD] * num_rows, [FAILS] * num_rows], 1000).choices
+        for seed in range(num_seeds)
+    ]
+    assert max(steps_until(choices[1000:], lambda choice: choice <= 1) for choices in runs) <= 60
+    assert statistics.fmean(steps_until(choices[1000:], lambda choice: choice == 0) for choices in runs) <= within
 
 
 def test_new_requests_where_others_fail_are_not_drafted_for_more_than_old_ones():
