@@ -211,7 +211,7 @@ class DraftController:
                 if arm:
                     self._repeat = self.REPEAT
                 else:
-                    self._rest = min(max(int(due) // 2, self.REST), self.LONGEST_REST)
+                    self._rest = min(max(int(due), self.REST), self.LONGEST_REST)
         self._last, self._last_rows = self.draft_counts[arm], num_rows
         return self._last
 
