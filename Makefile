@@ -59,7 +59,7 @@ demo: $(RUN_READY)
 	$(BIN)/quire generate --max-tokens 64 --prompt "def fibonacci(n):"
 
 test: check
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 slow: $(TEST_READY)
 	$(BIN)/pytest -n 2 -m slow
