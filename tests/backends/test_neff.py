@@ -39,7 +39,9 @@ def expected() -> list[list[list[int]]]:
     [
         pytest.param(1, {}, marks=pytest.mark.slow),
         (2, {}),
-        (1, {"num_kv_blocks": 14, "block_size": 16, "decode_steps_per_dispatch": 2}),
+        pytest.param(
+            1, {"num_kv_blocks": 14, "block_size": 16, "decode_steps_per_dispatch": 2}, marks=pytest.mark.slow
+        ),
         pytest.param(
             2,
             {"enable_prefix_caching": False, "async_scheduling": False, "sampling": "full"},

@@ -36,6 +36,7 @@ def test_a_variant_must_name_arguments(capsys: pytest.CaptureFixture[str], tmp_p
     assert "not of the form name=value" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_int8_keeps_the_bundled_models_perplexity_within_one_percent(capsys: pytest.CaptureFixture[str]) -> None:
     """On text that the model was not trained on; 0.01 % was measured over 16,320 tokens."""
     arguments = ["--num-tokens", "2048", "--piece-len", "128", "--max-num-seqs", "8", "--sampling", "full"]

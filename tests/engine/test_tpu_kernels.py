@@ -19,7 +19,7 @@ def interpreted_engine(**settings) -> LLM:
     )
 
 
-@pytest.mark.parametrize("num_kv_blocks", [100, 11])
+@pytest.mark.parametrize("num_kv_blocks", [pytest.param(100, marks=pytest.mark.slow), 11])
 def test_tokens_are_those_of_the_reference(num_kv_blocks: int) -> None:
     """Chunked prompts, cached prefixes, rows of all lengths, and preemption where blocks are short."""
     temperatures = (0.0, 1.0, 0.0, 0.7)
