@@ -39,14 +39,23 @@ def run(*arguments: str | Path, **options) -> str:
     return done.stdout
 
 
-def build_wheel(folder: Path, **environment: str) -> Path:
-    """The wheel of a copy of the sources, so that neither side sees what the other leaves behind."""
+def build_wheel(folder: Path, *, compile_anew: bool = False, **environment: str) -> Path:
+    """The wheel of a copy of the sources, so that neither side sees what the other leaves behind.
+
+    The checkout's libraries were compiled by the same setup.py, and are taken over where they are newer than all that they are made of.
+    """
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=NOT_SOURCE)
+    if not compile_anew:
+        libraries = source / "libraries" / "quire" / "kernels" / "native"
+        libraries.mkdir(parents=True)
+        for library in (ROOT / "kernels" / "native").glob("*.so"):
+            shutil.copy2(library, libraries)
+        (source / "setup.cfg").write_text("[build]\nbuild_lib = libraries\n")
     command = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", folder, source)
     run(*command, env={**os.environ, **environment})
     (built,) = folder.glob("*.whl")
@@ -105,6 +114,11 @@ def test_the_wheel_holds_the_kernels_for_every_instruction_set_and_is_tied_to_no
     assert "-py3-none-" in wheel.name
 
 
+@pytest.mark.slow
+def test_a_wheel_compiled_from_its_sources_alone_holds_the_same(files, tmp_path):
+    assert names_in(build_wheel(tmp_path, compile_anew=True)) == files
+
+
 # Chosen by the package as it is installed, before a model is loaded; `false` as a compiler fails at everything.
 DESCRIBE_OPS = """
 from quire.kernels.op import OpContext
@@ -115,7 +129,7 @@ print(choose_ops(OpContext("cpu", "cpu", "float32", num_heads=4, num_kv_heads=2,
 
 @pytest.mark.slow
 def test_without_a_compiler_the_wheel_is_built_without_kernels_and_works(files, tmp_path):
-    wheel = build_wheel(tmp_path, CC="false", CXX="false")
+    wheel = build_wheel(tmp_path, compile_anew=True, CC="false", CXX="false")
     assert names_in(wheel) == {name for name in files if not name.endswith(".so")}
     target = tmp_path / "installed"
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
