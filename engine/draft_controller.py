@@ -142,8 +142,9 @@ class DraftController:
         # Seconds of a round in the steps that nobody has looked at yet, and what they have in common: rows, drafts and rounds.
         self._unseen: list[float] = []
         self._unseen_kind = (0, 0, 0)
-        # Steps of a probe for the cost of more drafts: two where the first has to catch up, which says nothing of the cost.
-        self._least_wider = 1
+        # Steps of a probe for the cost of drafts where there were none: if the first has to catch up, it says nothing of the cost, and is
+        # dear enough for a whole trial.
+        self._first_drafts = 1
 
     def _standing_of(self, num_rows: int) -> _Standing:
         bucket = self._costs.bucket(num_rows)
@@ -270,7 +271,7 @@ class DraftController:
         self._look_back()
         self._costs.interrupt(num_rows, None if num_drafts is None else self._arms[num_drafts])
         if num_drafts is not None:
-            self._least_wider = 2
+            self._first_drafts = 1 + self.TRIAL_LENGTH
             self._count_probe(num_drafts, num_rounds, 1)
 
     def _count_probe(self, num_drafts: int, num_rounds: int, num_steps: int) -> None:
@@ -359,7 +360,10 @@ class DraftController:
         # Drafts are tested by one step, costs by those that follow their own kind: as many as cost no more than a step of the best. More
         # drafts may bring less than is thought.
         may_win = tokens[chosen] > self.CLOSE * best_rate * seconds[chosen]
-        least = self._least_wider if chosen > best else self.TRIAL_LENGTH if may_win else 2
+        if chosen > best:
+            least = 1 if best else self._first_drafts
+        else:
+            least = self.TRIAL_LENGTH if may_win else 2
         risk = max(price, self.RISK * (seconds[chosen] - seconds[best]))
         length = min(max(int(seconds[best] / risk), least), self.MAX_LENGTH) if for_cost else 1
         wait = min(self._interval, length * price / (self.BACKED_OFF_SHARE * seconds[best]))

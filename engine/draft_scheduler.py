@@ -85,9 +85,10 @@ class CatchUpAccount:
     """Whether draft models may catch up, and heads be woken: what that costs is to be earned again by the steps that it makes faster.
 
     A prompt that is long beside its answer can cost a draft model more than it saves, and nobody knows the length of an answer
-    before. So what steps with drafts save is put into an account, what they lose is taken out, and while it is overdrawn nobody
-    else catches up. A small share of the steps served is credited besides, so that it is tried again. Where drafts gain next to
-    nothing, catching up again and again would cost more than that: `DOUBT` of what they bring counts for nothing.
+    before. So what steps with drafts save is put into an account, what they lose is taken out, and a row catches up when there is enough
+    for that. A small share of the steps served is credited besides, so that it is tried again; first for those who have just
+    come and lag by their prompts alone, as they are cheapest. Where drafts gain next to nothing, catching up again and
+    again would cost more than that: `DOUBT` of what they bring counts for nothing.
 
     It counts in steps without drafts, of the same batch, so that it means the same to a model of a millisecond a step and to one of thirty.
     """
@@ -96,34 +97,46 @@ class CatchUpAccount:
     SHARE = 0.005
     # Good times do not pay for long bad ones: so much is kept, and what else was saved was saved.
     MOST_STEPS = 64.0
+    # What drafts lost does not weigh for ever either: what steps seemed to cost may have been the machine's bad moment. Whoever chooses
+    # their number soon gives up what loses. What catching up cost is owed in full.
+    MOST_OWED_STEPS = 8.0
     # What a step without drafts would take is known only so well.
     DOUBT = 0.05
     # Lent at the start, when nothing is known of what drafts save: what is lost by trying would take long to be credited.
     LENT_STEPS = 32.0
+    # Of catching up, the last times of which the usual one counts: one slow step would empty the account.
+    WINDOW = 9
 
     def __init__(self) -> None:
         self.steps = self.LENT_STEPS
+        # Of a tile, in steps without drafts.
+        self._tile_costs: deque[float] = deque(maxlen=self.WINDOW)
 
     @property
-    def is_open(self) -> bool:
-        """Whether it is not overdrawn."""
-        return self.steps >= 0.0
+    def credit(self) -> float:
+        """Steps that catching up may cost now; more than can ever be saved is lent to those who have saved all they can."""
+        return self.steps if self.steps < self.MOST_STEPS else math.inf
 
-    @property
-    def steps_until_open(self) -> int:
-        """Steps to be served until it is not overdrawn any more, if nothing else is taken out."""
-        return max(math.ceil(-self.steps / self.SHARE), 0)
+    def cost(self, num_tiles: int) -> float:
+        """Of catching up with so many tiles, in steps; 0 as long as that is not known."""
+        if not self._tile_costs:
+            return 0.0
+        return num_tiles * sorted(self._tile_costs)[(len(self._tile_costs) - 1) // 2]
+
+    def caught_up(self, num_tiles: int, steps: float) -> None:
+        """It took as long as so many steps; what it usually takes is taken out."""
+        self._tile_costs.append(steps / num_tiles)
+        self.steps -= self.cost(num_tiles)
 
     def served(self, steps: float) -> None:
         """So many steps of any kind."""
-        self._add(self.SHARE * steps)
+        self.steps = min(self.steps + self.SHARE * steps, self.MOST_STEPS)
 
     def drafted(self, tokens_per_row: float, steps: float) -> None:
-        """A step with drafts brought each row so many tokens, and took, its catching up included, as long as so many steps without."""
-        self._add((1.0 - self.DOUBT) * tokens_per_row - steps)
-
-    def _add(self, steps: float) -> None:
-        self.steps = min(self.steps + steps, self.MOST_STEPS)
+        """A step with drafts brought each row so many tokens, and took, without catching up, as long as so many steps without."""
+        least = -self.MOST_OWED_STEPS if self.steps >= -self.MOST_OWED_STEPS else -math.inf
+        gain = (1.0 - self.DOUBT) * tokens_per_row - steps
+        self.steps = min(max(self.steps + gain, least), self.MOST_STEPS)
 
 
 @dataclass
@@ -146,7 +159,7 @@ class DraftScheduler:
     """
 
     # Steps for which it is not asked again whether anybody may draft, unless somebody comes: small models lose by asking.
-    MOST_CLOSED = 32
+    CLOSED_FOR = 32
 
     def __init__(
         self,
@@ -182,8 +195,6 @@ class DraftScheduler:
         self._tile_size = tile_size
         self._max_tiles = max_tiles
         self.account = CatchUpAccount()
-        # Of the last steps that caught up, in steps without drafts.
-        self._tile_costs: deque[float] = deque(maxlen=9)
         # Rounds so far of which a draft cache may lack something: each brings a row a token at least, which a draft model lacks unless
         # it drafts, and a head if nobody does. Counted here and not for each row, which would cost time in every step without drafts.
         self._num_rounds = 0
@@ -231,10 +242,10 @@ class DraftScheduler:
         requests = list(islice(decoding, most_rows))
         if not requests:
             return 0
-        limits = [request.max_drafts if self._may_draft(request) else 0 for request in requests]
+        limits = self._limits(requests)
         if not any(limits):
             # They do not speculate, or wait for the account.
-            self._num_closed = min(self.account.steps_until_open or self.MOST_CLOSED, self.MOST_CLOSED)
+            self._num_closed = self.CLOSED_FOR
             return 0
         wanted, self._postponed = self._postponed, 0
         if not 0 < wanted <= max(limits):
@@ -335,10 +346,21 @@ class DraftScheduler:
                 # It had so many tokens at least before this step. Their entries are not moved by what comes.
                 request.num_in_place = min(request.num_in_place, request.least_tokens - num_steps - 1)
 
-    def _may_draft(self, request: Request) -> bool:
-        """Whether the row needs no catching up, or may have it; who has begun comes to the end."""
-        is_paid = not self._keeps_cache or self.account.is_open or request.is_catching_up
-        return is_paid or self._lag(request) <= self._most_lag
+    def _limits(self, requests: Sequence[Request]) -> list[int]:
+        """Most drafts of each row: 0 where it asks for none, and where it would have to catch up first and that is not paid for."""
+        limits = [request.max_drafts for request in requests]
+        if not self._keeps_cache:
+            return limits
+        credit = self.account.credit
+        for idx, request in enumerate(requests):
+            if not limits[idx] or self._lag(request) <= self._most_lag:
+                continue
+            cost = self.account.cost(self._num_tiles_behind(request))
+            if cost <= credit or request.is_catching_up:  # who has begun comes to the end
+                credit -= cost
+            else:
+                limits[idx] = 0
+        return limits
 
     def _lag(self, request: Request) -> int:
         """At most so many of the newest tokens are missing in the draft cache; others may have filled a model's shared blocks meanwhile."""
@@ -403,13 +425,11 @@ class DraftScheduler:
         plain_cost, cost = self.policy.cost(num_rows, 0), self.policy.cost(num_rows, step.num_drafts)
         if plain_cost is None or cost is None:
             return
-        num_steps = step.num_decode_steps * cost / plain_cost
         if step.catch_up:
             num_tiles = sum(row.num_tiles for row in step.catch_up)
-            self._tile_costs.append(max(seconds - cost, 0.0) * step.num_decode_steps / plain_cost / num_tiles)
-            num_steps += num_tiles * sorted(self._tile_costs)[(len(self._tile_costs) - 1) // 2]
+            self.account.caught_up(num_tiles, max(seconds - cost, 0.0) * step.num_decode_steps / plain_cost)
         num_tokens = sum(len(output.new_token_ids) for output in outputs)
-        self.account.drafted(num_tokens / num_rows, num_steps)
+        self.account.drafted(num_tokens / num_rows, step.num_decode_steps * cost / plain_cost)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from quire.engine.draft_scheduler import CatchUpAccount
@@ -89,10 +91,58 @@ def test_gains_of_good_times_are_not_spent_in_bad_ones() -> None:
     num_catch_ups = 0
     for _ in range(1000):
         account.served(1)
-        if account.is_open:
+        if account.credit >= 0.0:
             num_catch_ups += 1
             account.drafted(1.0, 4.0)
     assert 0 < num_catch_ups * 3.0 < 100
+
+
+def test_who_cannot_be_paid_for_at_once_is_not_waited_for() -> None:
+    """Where drafts hardly pay, what may be spent goes to rows that have just come: later they lag by their answers as well."""
+    simulation = _serve(60, num_requests=150, drafting_cost=2.0)
+    lags = [row.end - 1 for step in simulation.steps for row in step.catch_up if row.start == 0]
+    assert 20 < len(lags) < 75, "some are caught up for and others not"
+    assert sum(lag <= PROMPT_LEN + 4 for lag in lags) > 0.9 * len(lags)
+    assert simulation.seconds < 1.01 * len(_serve(60, (), num_requests=150).steps)
+
+
+def test_what_costs_more_than_can_be_saved_is_tried_now_and_then() -> None:
+    """A prompt of a thousand steps to catch up with: once the account is full, and then not before it is again."""
+    account = CatchUpAccount()
+    account.caught_up(1, 10.0)
+    assert account.cost(100) == 1000.0
+    num_served, tried_at = 0, []
+    while len(tried_at) < 3:
+        account.served(1)
+        num_served += 1
+        if account.cost(100) <= account.credit:
+            tried_at.append(num_served)
+            account.caught_up(100, 1000.0)
+    intervals = [after - before for before, after in pairwise(tried_at)]
+    assert intervals == pytest.approx([1000.0 / account.SHARE] * 2, rel=0.01)
+
+
+def test_what_catching_up_cost_is_not_forgiven_for_steps_that_bring_now_more_and_now_less() -> None:
+    account = CatchUpAccount()
+    account.caught_up(100, 1000.0)
+    owed = account.steps
+    for _ in range(200):
+        account.drafted(5.0 / (1.0 - account.DOUBT), 3.0)
+        account.drafted(1.0 / (1.0 - account.DOUBT), 3.0)
+    assert account.steps == pytest.approx(owed)
+
+
+def test_a_bad_moment_does_not_close_the_account_for_long() -> None:
+    """Steps with drafts that seemed to take six times as long as they do, at the start: prompts are caught up for again soon."""
+    account = CatchUpAccount()
+    account.caught_up(4, 8.0)
+    for _ in range(30):
+        account.drafted(2.0, 12.0)
+    num_served = 0
+    while account.cost(4) > account.credit:
+        account.served(1)
+        num_served += 1
+    assert 1000 < num_served < 4000
 
 
 def test_single_slow_steps_do_not_close_the_account() -> None:
