@@ -109,8 +109,9 @@ class CatchUpAccount:
 
     def __init__(self) -> None:
         self.steps = self.LENT_STEPS
-        # Of a tile, in steps without drafts.
+        # Of a tile, in steps without drafts: the last ones, and the lower median of them, 0 as long as there are none.
         self._tile_costs: deque[float] = deque(maxlen=self.WINDOW)
+        self._tile_cost = 0.0
 
     @property
     def credit(self) -> float:
@@ -119,13 +120,12 @@ class CatchUpAccount:
 
     def cost(self, num_tiles: int) -> float:
         """Of catching up with so many tiles, in steps; 0 as long as that is not known."""
-        if not self._tile_costs:
-            return 0.0
-        return num_tiles * sorted(self._tile_costs)[(len(self._tile_costs) - 1) // 2]
+        return num_tiles * self._tile_cost
 
     def caught_up(self, num_tiles: int, steps: float) -> None:
         """It took as long as so many steps; what it usually takes is taken out."""
         self._tile_costs.append(steps / num_tiles)
+        self._tile_cost = sorted(self._tile_costs)[(len(self._tile_costs) - 1) // 2]
         self.steps -= self.cost(num_tiles)
 
     def served(self, steps: float) -> None:
