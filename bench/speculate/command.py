@@ -31,6 +31,7 @@ from quire.engine.speculation import METHODS
 from quire.engine.tokenizer import load_tokenizer
 from quire.kernels.errors import InvalidConfigError
 from quire.models.checkpoint import resolve_model
+from quire.models.registry import load_config
 
 DEFAULT_METHODS = ("draft_model", "ngram")
 UNFUSED_BATCH_SIZES = (1, 8)
@@ -218,6 +219,14 @@ def _setup(
     workload: Workload,
     backend: ForcedBackend | None,
 ) -> Setup:
+    positions = load_config(resolve_model(model)).max_position_embeddings
+    if workload.longest >= positions:
+        longest_prompt = workload.longest - workload.max_tokens
+        room = positions - 1 - longest_prompt
+        raise InvalidConfigError(
+            f"max_tokens={workload.max_tokens} after prompts of {longest_prompt} tokens is beyond the {positions} positions that {model} "
+            f"was made for: {f'lower it to {room}' if room > 0 else 'take another model'}"
+        )
     return Setup(
         model=model,
         draft_models=draft_models,

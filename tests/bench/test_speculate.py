@@ -287,6 +287,8 @@ def test_text_is_measured_with_and_without_speculation(tmp_path: Path, capsys):
         ("--acceptance 0.5 --methods ngram", "only the drafts of draft_model and eagle3 can be forced"),
         ("--batch-sizes 0 1", "batch_sizes must be at least 1"),
         ("--max-num-seqs 4", "max_num_seqs cannot be given"),
+        ("--max-tokens 100000", "max_tokens=100000 after prompts of"),
+        ("--max-tokens 100000 --acceptance 0.5 --shape tiny", "max_tokens=100000 after prompts of 32 tokens"),
         ("--plot /nowhere/at/all.png", "is not a folder"),
     ],
 )
