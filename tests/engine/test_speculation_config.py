@@ -148,6 +148,13 @@ def test_a_tokenizer_that_takes_the_place_of_the_targets_own_is_what_is_compared
             plan(tiny_folder(), model_config(draft, 3), tokenizer=tokenizer)
 
 
+def test_a_draft_model_made_for_fewer_positions_is_noted_with_both_numbers() -> None:
+    """It drafts beyond them too: positions are rotations, of which there is no last."""
+    short = plan(tiny_folder(), model_config(tiny_folder(max_position_embeddings=96), 3)).resolved
+    assert [note for note in short.notes if "96 positions and max_model_len is 160" in note]
+    assert not plan(tiny_folder(), model_config(tiny_folder(max_position_embeddings=160), 3)).resolved.notes
+
+
 def test_a_draft_model_that_cannot_be_spread_is_refused_by_name() -> None:
     target = tiny_folder(num_attention_heads=6, num_key_value_heads=2)
     draft = tiny_folder()  # 9 heads
