@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.environment import available_memory, available_processors, cpu_flags
@@ -18,7 +17,7 @@ from quire.kernels.errors import BackendError
 from quire.kernels.native.library import limit_threads
 from quire.kernels.ops import Ops, choose_ops
 from quire.models.config import ModelConfig
-from quire.models.parallel import MODEL_AXIS
+from quire.models.parallel import model_mesh
 
 # Rows of a decode rectangle grow by this factor from shape to shape: a step is at most so much wider than its batch.
 ROW_FACTOR = 4
@@ -67,7 +66,7 @@ class CpuBackend:
                 "is spread with XLA_FLAGS=--xla_force_host_platform_device_count"
                 f"={tensor_parallel_size} in the environment, which makes nothing faster"
             )
-        return jax.sharding.Mesh(np.array(self._devices[:tensor_parallel_size]), (MODEL_AXIS,))
+        return model_mesh(self._devices, tensor_parallel_size)
 
     def select_ops(
         self,

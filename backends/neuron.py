@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AbstractMesh
 
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.chips import Chip, chip_of_kind, chips
@@ -44,7 +42,7 @@ from quire.kernels.ops import PAGED_ATTENTION, REFERENCE, WRITE_KV, Ops, choose_
 from quire.kernels.paged_attention import nki
 from quire.kernels.paged_attention.nki_self_test import self_test
 from quire.models.config import ModelConfig
-from quire.models.parallel import MODEL_AXIS
+from quire.models.parallel import model_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -185,11 +183,7 @@ class NeuronBackend:
             raise BackendError(
                 f"tensor_parallel_size={tensor_parallel_size} is more than the {self.num_devices} devices there are{hint}"
             )
-        if self._devices is None:
-            abstract: Any = AbstractMesh((tensor_parallel_size,), (MODEL_AXIS,))
-            mesh: jax.sharding.Mesh = abstract
-            return mesh
-        return jax.sharding.Mesh(np.array(self._devices[:tensor_parallel_size]), (MODEL_AXIS,))
+        return model_mesh(self._devices, tensor_parallel_size)
 
     def select_ops(
         self,

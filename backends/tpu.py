@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh
 
 from quire.backends.base import Capabilities, Program, ShapeLimits, StepShape
 from quire.backends.chips import Chip, chip_of_kind, chips
@@ -21,7 +20,7 @@ from quire.backends.shapes import decode_row_sizes, with_drafts, with_sampling
 from quire.kernels.errors import BackendError
 from quire.kernels.ops import Ops, choose_ops
 from quire.models.config import ModelConfig
-from quire.models.parallel import MODEL_AXIS
+from quire.models.parallel import model_mesh
 
 # Eight rows cost what one costs: they are one register of the vector unit, and one pass of the matrix unit.
 FEWEST_ROWS = 8
@@ -85,11 +84,7 @@ class TpuBackend:
             raise BackendError(
                 f"tensor_parallel_size={tensor_parallel_size} is more than the {self.num_devices} TPU devices there are"
             )
-        if self._devices is None:
-            abstract: Any = AbstractMesh((tensor_parallel_size,), (MODEL_AXIS,))
-            planned: jax.sharding.Mesh = abstract
-            return planned
-        return jax.sharding.Mesh(np.array(self._devices[:tensor_parallel_size]), (MODEL_AXIS,))
+        return model_mesh(self._devices, tensor_parallel_size)
 
     def select_ops(
         self,

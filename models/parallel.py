@@ -8,12 +8,13 @@ padded with zeros. Source of the cut: Shoeybi et al. 2019 (Megatron-LM).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from quire.kernels.errors import InvalidConfigError
 from quire.models.config import ModelConfig
@@ -22,6 +23,15 @@ from quire.models.params import HostTensor, ParamSpec
 MODEL_AXIS = "model"
 """The mesh axis over which one model is spread."""
 _CUT_AXES = ("heads", "kv_heads", "mlp", "vocab")
+
+
+def model_mesh(devices: Sequence[Any] | None, size: int) -> jax.sharding.Mesh:
+    """The first `size` devices, for one model; without devices a mesh that can be compiled for and holds no array."""
+    if devices is None:
+        abstract: Any = AbstractMesh((size,), (MODEL_AXIS,))
+        mesh: jax.sharding.Mesh = abstract
+        return mesh
+    return jax.sharding.Mesh(np.array(devices[:size]), (MODEL_AXIS,))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Engines for tests: tiny models with random weights, few programs, and one engine per setting for the whole session."""
 
 import functools
+import itertools
 import json
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from quire.backends.base import ShapeLimits, StepShape
 from quire.backends.cpu import CpuBackend
 from quire.backends.shapes import with_drafts
 from quire.engine import LLM, RequestOutput, SamplingParams
+from quire.engine.request import EngineCoreRequest
 from quire.kernels.op import Choice
 from quire.kernels.ops import PALLAS_TPU, Ops
 from quire.kernels.paged_attention import tpu
@@ -98,6 +101,36 @@ def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: Sequence[Sampli
     outputs = llm.generate(list(prompts), list(params), use_tqdm=False)
     check_idle(llm)
     return outputs
+
+
+_IDS = itertools.count()
+
+
+def serve_schedule(
+    llm: LLM,
+    kinds: Sequence[tuple[Sequence[int], SamplingParams]],
+    arrivals: Sequence[tuple[int, int]],
+    aborts: Mapping[int, int],
+) -> dict[int, list[int]]:
+    """Tokens by arrival; `arrivals` are (step, index of a kind), `aborts` map an arrival to the step at which it is ended."""
+    core = llm.core
+    names = [f"scheduled-{next(_IDS)}" for _ in arrivals]
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    step = 0
+    while step <= max(when for when, _ in arrivals) or core.has_work:
+        for name, (when, kind) in zip(names, arrivals, strict=True):
+            if when == step:
+                prompt, params = kinds[kind]
+                core.add_request(EngineCoreRequest(name, tuple(prompt), params, time.monotonic()))
+        for arrival, when in aborts.items():
+            if when == step:
+                core.abort_request(names[arrival])
+        for output in core.step():
+            tokens[output.request_id].extend(output.new_token_ids)
+        core.scheduler.check()
+        step += 1
+        assert step < 2000, "the engine does not come to an end"
+    return dict(enumerate(tokens.values()))
 
 
 def check_idle(llm: LLM) -> None:

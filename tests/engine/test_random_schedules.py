@@ -1,16 +1,12 @@
 """Random traffic on the real step: arrivals and aborts at any time leave every other request's tokens as they are alone."""
 
-import itertools
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.engine import LLM, SamplingParams
-from quire.engine.request import EngineCoreRequest
-from tests.engine.engines import check_idle, generate, tiny_engine
+from quire.engine import SamplingParams
+from tests.engine.engines import check_idle, generate, serve_schedule, tiny_engine
 
 RNG = np.random.default_rng(23)
 SHARED = RNG.integers(3, 101, 40).tolist()
@@ -27,34 +23,13 @@ ENGINES = {
     "tight and synchronous": {"num_kv_blocks": 14, "async_scheduling": False},
     "tight and several steps": {"num_kv_blocks": 14, "decode_steps_per_dispatch": 3},
 }
-_IDS = itertools.count()
+REQUESTS = list(zip(PROMPTS, PARAMS, strict=True))
 
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[int]]:
     llm = tiny_engine(enable_prefix_caching=False)
     return [generate(llm, [p], [q])[0].outputs[0].token_ids for p, q in zip(PROMPTS, PARAMS, strict=True)]
-
-
-def _run(llm: LLM, arrivals: list[tuple[int, int]], aborts: dict[int, int]) -> dict[int, list[int]]:
-    """Tokens by arrival; `arrivals` are (step, kind), `aborts` map an arrival to the step at which it is ended."""
-    core = llm.core
-    names = [f"random-{next(_IDS)}" for _ in arrivals]
-    tokens: dict[str, list[int]] = {name: [] for name in names}
-    step = 0
-    while step <= max(when for when, _ in arrivals) or core.has_work:
-        for name, (when, kind) in zip(names, arrivals, strict=True):
-            if when == step:
-                core.add_request(EngineCoreRequest(name, tuple(PROMPTS[kind]), PARAMS[kind], time.monotonic()))
-        for arrival, when in aborts.items():
-            if when == step:
-                core.abort_request(names[arrival])
-        for output in core.step():
-            tokens[output.request_id].extend(output.new_token_ids)
-        core.scheduler.check()
-        step += 1
-        assert step < 2000, "the engine does not come to an end"
-    return dict(enumerate(tokens.values()))
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -68,7 +43,7 @@ def test_tokens_do_not_depend_on_who_else_comes_and_goes(
 ) -> None:
     llm = tiny_engine(**ENGINES[name])
     aborts = {arrival: when for arrival, when in aborts.items() if arrival < len(arrivals)}
-    found = _run(llm, arrivals, aborts)
+    found = serve_schedule(llm, REQUESTS, arrivals, aborts)
     check_idle(llm)
     for arrival, (_, kind) in enumerate(arrivals):
         expected = alone[kind]
@@ -84,6 +59,6 @@ def test_the_tight_engines_do_preempt(name: str, alone: list[list[int]]) -> None
     llm = tiny_engine(**ENGINES[name])
     before = llm.stats().num_preemptions
     kinds = [3, 7, 3, 7, 6, 2]
-    found = _run(llm, [(0, kind) for kind in kinds], {})
+    found = serve_schedule(llm, REQUESTS, [(0, kind) for kind in kinds], {})
     assert llm.stats().num_preemptions > before
     assert list(found.values()) == [alone[kind] for kind in kinds]

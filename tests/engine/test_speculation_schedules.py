@@ -1,7 +1,6 @@
 """Speculation under attack: whatever comes, goes, ends or runs short in the middle of a round, tokens and blocks are right."""
 
 import functools
-import itertools
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from quire.engine import LLM, SamplingParams
 from quire.engine.request import EngineCoreRequest
 from tests.engine.draft_engines import assert_same, engine, greedy, without_drafts
-from tests.engine.engines import check_idle, generate
+from tests.engine.engines import check_idle, generate, serve_schedule
 
 RNG = np.random.default_rng(37)
 SHARED = RNG.integers(3, 101, 40).tolist()
@@ -42,7 +41,7 @@ ENGINES: dict[str, tuple[str, int, dict[str, Any]]] = {
     ),
     "tight, several steps": ("ngram", 8, {"num_kv_blocks": 14, "decode_steps_per_dispatch": 3}),
 }
-_IDS = itertools.count()
+REQUESTS = list(zip(PROMPTS, PARAMS, strict=True))
 
 
 @functools.cache
@@ -52,33 +51,12 @@ def alone(target: str) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def run(llm: LLM, arrivals: list[tuple[int, int]], aborts: dict[int, int]) -> dict[int, list[int]]:
-    """Tokens by arrival; `arrivals` are (step, kind), `aborts` map an arrival to the step at which it is ended."""
-    core = llm.core
-    names = [f"drafted-{next(_IDS)}" for _ in arrivals]
-    tokens: dict[str, list[int]] = {name: [] for name in names}
-    step = 0
-    while step <= max(when for when, _ in arrivals) or core.has_work:
-        for name, (when, kind) in zip(names, arrivals, strict=True):
-            if when == step:
-                core.add_request(EngineCoreRequest(name, tuple(PROMPTS[kind]), PARAMS[kind], time.monotonic()))
-        for arrival, when in aborts.items():
-            if when == step:
-                core.abort_request(names[arrival])
-        for output in core.step():
-            tokens[output.request_id].extend(output.new_token_ids)
-        core.scheduler.check()
-        step += 1
-        assert step < 2000, "the engine does not come to an end"
-    return dict(enumerate(tokens.values()))
-
-
 def assert_all_are_as_alone(name: str, arrivals: list[tuple[int, int]], aborts: dict[int, int]) -> None:
     draft, num_drafts, changes = ENGINES[name]
     llm = engine(draft, num_drafts, **changes)
     before = llm.stats()
     aborts = {arrival: when for arrival, when in aborts.items() if arrival < len(arrivals)}
-    found = run(llm, arrivals, aborts)
+    found = serve_schedule(llm, REQUESTS, arrivals, aborts)
     check_idle(llm)
     for arrival, (_, kind) in enumerate(arrivals):
         expected = alone(changes.get("target", "llama"))[kind]
@@ -128,7 +106,7 @@ def test_the_tight_engines_preempt_and_draft(name: str) -> None:
     llm = engine(draft, num_drafts, **changes)
     before = llm.stats()
     kinds = [3, 7, 3, 7, 6, 2]
-    found = run(llm, [(0, kind) for kind in kinds], {})
+    found = serve_schedule(llm, REQUESTS, [(0, kind) for kind in kinds], {})
     after = llm.stats()
     assert after.num_preemptions > before.num_preemptions
     assert after.num_draft_rounds > before.num_draft_rounds
@@ -259,7 +237,7 @@ def test_aborts_in_every_step_of_a_round_free_what_was_kept_for_drafts(case: tup
     llm = speculating(case)
     core = llm.core
     for num_steps in range(8):
-        names = [f"gone-{next(_IDS)}" for _ in range(3)]
+        names = [f"gone-{num_steps}-{idx}" for idx in range(3)]
         for name, prompt in zip(names, (PROMPTS[5], PROMPTS[4], PROMPTS[3]), strict=True):
             core.add_request(EngineCoreRequest(name, tuple(prompt), greedy(60, seed=1), time.monotonic()))
         for _ in range(num_steps):
