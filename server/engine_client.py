@@ -218,9 +218,8 @@ class EngineClient:
             raise EngineDeadError(f"the engine is dead: {self.failure}")
         if self.state is EngineState.STARTING:
             progress = self.progress
-            raise NotServingError(
-                f"the server is starting ({progress.phase} {progress.done} of {progress.total}); /ready tells when it is done"
-            )
+            so_far = f" ({progress.phase} {progress.done} of {progress.total})" if progress.total else ""
+            raise NotServingError(f"the server is starting{so_far}; /ready tells when it is done")
 
     async def prepare(
         self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str | None = None

@@ -61,6 +61,9 @@ def test_ready_tells_how_far_the_start_has_come_while_health_is_ok() -> None:
             except urllib.error.URLError:  # it does not listen yet
                 continue
             assert server.get("/health")[0] == 200
+            status, answer = server.post("/v1/completions", SHORT)
+            assert status == 200 or "the server is starting" in answer["error"]["message"]
+            assert "0 of 0" not in str(answer)
             time.sleep(0.05)
         starting = [answer for status, answer in seen if status == 503]
         assert starting
