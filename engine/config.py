@@ -320,8 +320,9 @@ def resolve(
     max_model_len = _max_model_len(config, model, capabilities, notes)
     if draft is not None and draft.max_position_embeddings < max_model_len:
         notes.append(
-            f"what drafts was made for {draft.max_position_embeddings} positions and max_model_len is {max_model_len}: beyond them drafts "
-            "may be accepted less often, which costs time and changes no token; num_speculative_tokens=0 spares a request that"
+            f"the model that drafts was made for {draft.max_position_embeddings} positions and max_model_len is {max_model_len}: "
+            "beyond them drafts may be accepted less often, which costs time and changes no token; a request with "
+            "num_speculative_tokens=0 is spared that"
         )
     blocks_per_request = -(-max_model_len // block_size)
     num_kv_blocks = config.cache.num_kv_blocks
