@@ -221,7 +221,7 @@ class ModelRunner:
         sampled: list[list[int]] = np.asarray(output.sampled).tolist()  # [N, R x W + P (+ 2 x R)]
         num_emitted: list[list[int]] | None = None
         rounds: list[list[DraftRound]] = []
-        if self.step_config.drafter is not None and not step.brings_known:
+        if layout.shape.num_drafts:
             num_emitted, rounds = _emitted(step, layout.shape, sampled)
         places = _places(step, layout, num_emitted)
         token_ids = [[sampled[n][column] for n, column in row] for row in places]
@@ -260,12 +260,10 @@ class ModelRunner:
 def _emitted(
     step: SchedulerOutput, shape: StepShape, sampled: list[list[int]]
 ) -> tuple[list[list[int]], list[list[DraftRound]]]:
-    """For each decode row, how many tokens each decode step brought it, and what came of its drafts."""
+    """For each decode row of a step with drafts, how many tokens each decode step brought it, and what came of its drafts."""
     num_rows, counts_at = len(step.decode), shape.decode_rows * shape.decode_width + shape.prefill_tiles
     drafts_at = counts_at + shape.decode_rows
     counts = [[one[counts_at + row] for one in sampled] for row in range(num_rows)]
-    if not step.num_drafts:
-        return counts, []
     drafts = [[one[drafts_at + row] for one in sampled] for row in range(num_rows)]
     return counts, [
         [DraftRound(proposed, emitted - 1) for proposed, emitted in zip(*row, strict=True) if emitted]
@@ -276,7 +274,7 @@ def _emitted(
 def _places(
     step: SchedulerOutput, layout: BatchLayout, num_emitted: list[list[int]] | None
 ) -> list[list[tuple[int, int]]]:
-    """For each row that samples, where its tokens stand: (decode step, column)."""
+    """For each row that samples, where its tokens stand: (decode step, column). Beyond a row's end they are whatever there is."""
     width = layout.shape.decode_width
     if num_emitted is None:
         decoded = [[(n, idx) for n in range(row.num_tokens)] for idx, row in enumerate(step.decode)]

@@ -258,7 +258,6 @@ class Scheduler:
             min_tokens = min(num_steps, request.max_total_tokens - request.most_tokens)
             request.num_in_flight += num_tokens
             request.num_surely_in_flight += min_tokens
-            plan.brings_known &= min_tokens == num_tokens
             end = request.num_computed_tokens = request.most_tokens - 1
             row = DecodeRow(request.request_id, request.order[1], request.slot, end, num_tokens, min_tokens, num_drafts)
             plan.decode.append(row)

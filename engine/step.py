@@ -81,7 +81,7 @@ class StepInput:
 class StepOutput:
     """What the host reads. The leading axis is the decode steps of the dispatch, except that of the last."""
 
-    sampled: Any  # [N, R x W + P] int32, the tokens; where the engine speculates [N, R x W + P + 2 x R]: then, for each
+    sampled: Any  # [N, R x W + P] int32, the tokens; in steps with drafts [N, R x W + P + 2 x R]: then, for each
     # row, how many of its W tokens count, and how many were drafted for it
     logprobs: Logprobs | None  # of those tokens, fields [N, R x W + P, ...]; full sampling only
     prompt_logprobs: Logprobs | None  # of the token after each tile token, fields [P, C, ...]
@@ -230,6 +230,7 @@ def verify(
         kept = _lay_out(shape, config.block_size, appended, inputs, rows, num_accepted)
         step = DraftStep(shape, config.block_size, weights, rows)
         state = config.drafter.observe(step, state, Verified(num_drafts, num_accepted, kept, captured))
+    if shape.num_drafts:
         read = jnp.concatenate([read, jnp.where(rows.is_active, num_accepted + 1, 0), num_drafts])
     return state, StepOutput(read, sampled.logprobs, prompt_logprobs)
 

@@ -120,9 +120,6 @@ class SchedulerOutput:
     catch_up: list[CatchUp] = field(default_factory=list)
     wakes_head: bool = False
     """Whether it has the width of a step with drafts for rows that cannot have any before the next: a head passed their tokens over."""
-    brings_known: bool = False
-    """Whether nothing is drafted, and every decode row surely gets as many tokens as its `num_tokens` says. It may get fewer: those of a
-    step before, not read yet, may have brought it to its end."""
 
     @property
     def num_tokens(self) -> int:

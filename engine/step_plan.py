@@ -30,7 +30,6 @@ class StepPlan:
     wakes_head: bool = False
     has_preempted: bool = False
     num_padding_tiles: int = 0
-    brings_known: bool = True
 
     def output(self, *, step_idx: int, padded_decode_rows: int) -> SchedulerOutput:
         """The step as it was put together."""
@@ -46,7 +45,6 @@ class StepPlan:
             num_drafts=self.num_drafts,
             catch_up=self.catch_up,
             wakes_head=self.wakes_head,
-            brings_known=self.brings_known and not self.num_drafts,
         )
 
 

@@ -134,6 +134,27 @@ def test_what_compiling_tells_of_copies_counts_those_of_a_draft_models_cache() -
             assert examine(source, plan, None).cache_copies == copies
 
 
+def test_without_drafts_lookup_runs_the_programs_of_an_engine_without_speculation() -> None:
+    """So a batch that does not draft pays nothing on the device, neither to compute nor to read."""
+    settings: dict[str, Any] = {"num_kv_blocks": 20, "sampling": "random", "backend": FewShapesBackend()}
+    with_lookup = speculating('{"method": "ngram", "num_speculative_tokens": 2, "adaptive": true}', **settings)
+    without = LLM(
+        str(tiny_folder()), load_format="dummy", dtype="float32", seed=5, max_num_seqs=4, max_model_len=256, **settings
+    )
+    plain = {shape for shape in with_lookup.core.runner.programs if not shape.num_drafts}
+    assert plain
+    assert plain == set(without.core.runner.programs)
+    for shape in plain:
+        texts = [_operations(llm.core.runner.programs[shape].as_text()) for llm in (with_lookup, without)]
+        assert texts[0] == texts[1], shape.describe()
+
+
+def _operations(text: str) -> list[str]:
+    """What a compiled program computes, without the places in the source that its operations came from."""
+    computations = text[re.search(r"^(ENTRY )?%", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
+    return [re.sub(r", (metadata=\{[^}]*\}|stack_frame_id=\d+)", "", line) for line in computations.splitlines()]
+
+
 @pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up_whatever_is_asked(llm: LLM) -> None:
     rng = np.random.default_rng(0)
