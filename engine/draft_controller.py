@@ -15,7 +15,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from quire.engine.draft_estimates import Acceptance, AcceptanceCurve, StepCosts
+from quire.engine.draft_costs import StepCosts
+from quire.engine.draft_estimates import Acceptance, AcceptanceCurve
 
 
 class _Standing:
