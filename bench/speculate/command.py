@@ -69,7 +69,7 @@ def add_command(commands: Any) -> None:
         default=1,
         metavar="N",
         help="make every engine so many times, and share the rounds out among them: twins differ by a few percent for as long as they "
-        "live (default: %(default)s)",
+        "live, and an adaptive one may learn something wrong (default: %(default)s)",
     )
     parser.add_argument(
         "--acceptance",

@@ -108,17 +108,16 @@ class Measurement:
     def measure(self, contenders: Sequence[Contender], rounds: range, say: Callable[[str], None]) -> None:
         """So many rounds more; the first contender is the one that the others are compared with.
 
-        In each round every other contender serves the requests beside it, the two in turns. What a contender has learned it keeps, also
-        where its engine is another one now.
+        In each round every other contender serves the requests beside it, the two in turns. Each time a contender begins to learn anew:
+        what one has learned by chance should not decide about all its rounds.
         """
         base, *others = contenders
         for contender in contenders:
-            is_new = contender.name not in self._experiences
-            if is_new:
-                self._experiences[contender.name] = contender.new_experience()
-                self._runs[contender.name], self._base_runs[contender.name] = [], []
+            self._experiences[contender.name] = contender.new_experience()
+            self._runs.setdefault(contender.name, [])
+            self._base_runs.setdefault(contender.name, [])
             num_steps = self._serve(contender, rounds.stop).finish().num_steps
-            while is_new and contender.num_drafts is None and num_steps < NUM_LEARNING_STEPS:
+            while contender.num_drafts is None and num_steps < NUM_LEARNING_STEPS:
                 num_steps += self._serve(contender, rounds.stop).finish().num_steps
         load = OtherLoad()
         for idx in rounds:

@@ -146,6 +146,29 @@ def test_an_engine_that_gives_other_tokens_is_found_out():
     assert records[1]["first_difference"] is not None
 
 
+def test_a_contender_begins_to_learn_anew_with_each_set_of_engines():
+    arguments = {"max_num_seqs": 1, "max_model_len": 64, "sampling": "greedy", "dtype": "float32"}
+    begun = []
+
+    class Watched(Contender):
+        def new_experience(self):
+            begun.append(super().new_experience())
+            return begun[-1]
+
+    adaptive = Watched("ngram", None, LLM("demo-draft", speculative_config=NGRAM, **arguments))
+    measurement = Measurement(Case(STRUCTURED, 1, 0.0), Workload({STRUCTURED: [[5, 6, 7]]}, 40))
+    for idx in range(2):
+        measurement.measure(
+            [Contender("none", 0, LLM("demo-draft", **arguments)), adaptive], range(idx, idx + 1), print
+        )
+    first, second = (experience.policy for experience in begun)
+    assert first is not second
+    assert first.cost(1, 0) is not None
+    assert second.cost(1, 0) is not None
+    (record,) = measurement.records([adaptive])
+    assert (record["num_engines"], record["ratio"]["num_rounds"]) == (2, 2)
+
+
 def test_turns_of_any_length_change_no_token_and_leave_the_device_idle():
     speculation = {"method": "ngram", "num_speculative_tokens": 2, "adaptive": False}
     llm = LLM("demo-draft", max_num_seqs=2, max_model_len=64, speculative_config=speculation, dtype="float32")
