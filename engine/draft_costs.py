@@ -94,8 +94,8 @@ class StepCosts:
     """
 
     # Steps that one sample is the mean of, where as many follow each other: when a step is seen to end is a matter of chance on small
-    # models, and one looks long and the next short.
-    SPAN = 8
+    # models, and one looks long and the next short. Of more, the last: what was before says little of the machine now, and takes time.
+    SPAN = 12
     # Times the median of those in a span, beyond which a step does not count.
     OUTLIER = 2.0
     # Times the variance of a single step: of one that is known from two, and of one that nobody knows whether it is like those that follow.
@@ -142,10 +142,9 @@ class StepCosts:
             elif before == cell and last is not None and cell < last:
                 known = math.exp(costs.log_seconds(arm))
                 self._add(last, [max(last_seconds + first - known, known)], self.PAIRED)
-        for begin in range(0, len(steps), self.SPAN):
-            span = steps[begin : begin + self.SPAN]
-            self._num_steps += len(span)
-            self._add(cell, span)
+        if steps:
+            self._num_steps += len(steps)
+            self._add(cell, steps[-self.SPAN :])
         return math.exp(costs.log_seconds(arm))
 
     def _filter(self, bucket: int) -> _CostFilter:
@@ -163,9 +162,8 @@ class StepCosts:
         excess = costs.log_seconds(arm) - math.log(self.estimates(bucket)[arm])
         if costs.num_samples[arm] and excess > self.CONTRADICTED_LOG:
             costs.doubt(arm, self.CONTRADICTION * excess * excess)
-        variance = (
-            times * costs.WHITE / len(span) + costs.WALK * len(span) / 3
-        )  # the machine does not wait for the last of them
+        # While these were measured, the machine's speed went on to wander.
+        variance = times * costs.WHITE / len(span) + costs.WALK * len(span) / 3
         costs.observe(arm, math.log(max(seconds, self.LEAST_SECONDS)), variance, self._num_steps)
         self._measured_at[cell] = self._num_steps
 

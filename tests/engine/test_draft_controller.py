@@ -330,8 +330,8 @@ def test_what_slows_every_step_now_and_then_counts_for_nothing(rate, seed):
 
 
 def wandering(seed: int, num_steps: int) -> list[float]:
-    """How many times as long steps take: each 25 % off by chance, and 18 % by what lasts for some twenty steps, as measured on steps of a
-    millisecond beside other engines."""
+    """How many times as long steps take: each 25 % off by chance, and 18 % by what lasts for some twenty steps, much as on models of a
+    millisecond a step."""
     chance, lasting, slowness = random.Random(seed), 0.0, []
     kept = math.exp(-1 / 20)
     for _ in range(num_steps):
@@ -427,15 +427,13 @@ def test_rows_that_become_predictable_are_noticed_beside_rows_that_may_have_fewe
 
 @pytest.mark.parametrize(("num_rows", "within"), [(1, 150), (8, 100)])
 def test_text_that_is_predictable_no_longer_is_drafted_for_little_soon_and_not_at_all_later(num_rows, within):
-    """One row alone shows little, so its runs differ, and of thirty one may have bad luck."""
+    """One row alone shows little, so its runs differ."""
     num_seeds = 30 if num_rows == 1 else 4
     runs = [
         Device(num_rows, medium, lifetime=10**6, seed=seed).run([[GOOD] * num_rows, [FAILS] * num_rows], 1000).choices
         for seed in range(num_seeds)
     ]
-    *others, last = sorted(steps_until(choices[1000:], lambda choice: choice <= 1) for choices in runs)
-    assert others[-1] <= 60
-    assert last <= 75
+    assert max(steps_until(choices[1000:], lambda choice: choice <= 1) for choices in runs) <= 60
     assert statistics.fmean(steps_until(choices[1000:], lambda choice: choice == 0) for choices in runs) <= within
 
 
@@ -566,9 +564,9 @@ def test_the_cost_of_a_step_is_reported_once_it_was_measured():
     controller = DraftController(DRAFT_COUNTS)
     controller.observe_step(6, 3, 0.03)
     assert controller.cost(8, 3) == pytest.approx(0.03), "of a step whose like came not before it, for want of better"
-    for seconds in [0.02, 5.0, *[0.021] * 9]:
+    for seconds in (0.02, 5.0, 0.021):
         controller.observe_step(6, 3, seconds)
-    assert controller.cost(8, 3) == pytest.approx(0.021, rel=0.05)
+    assert controller.cost(8, 3) == pytest.approx(0.021, rel=0.01)
     assert controller.cost(8, 1) is None
     assert controller.cost(9, 3) is None
 

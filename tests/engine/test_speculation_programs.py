@@ -151,7 +151,9 @@ def test_without_drafts_lookup_runs_the_programs_of_an_engine_without_speculatio
 
 def _operations(text: str) -> list[str]:
     """What a compiled program computes, without the places in the source that its operations came from."""
-    computations = text[re.search(r"^(ENTRY )?%", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
+    begin = re.search(r"^(ENTRY )?%", text, re.MULTILINE)
+    assert begin, "a program without computations"
+    computations = text[begin.start() :]
     return [re.sub(r", (metadata=\{[^}]*\}|stack_frame_id=\d+)", "", line) for line in computations.splitlines()]
 
 
