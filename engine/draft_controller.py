@@ -12,6 +12,7 @@ here is random and no clock is read: the same calls in the same order give the s
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -105,11 +106,16 @@ class DraftController:
     # changes slowly. Longer where no probe can be due before, unless the batch changes.
     REST = 7
     LONGEST_REST = 31
-    # After a choice of some drafts that is no trial: so many more steps go by it.
+    # After a choice of some drafts that is no trial: so many more steps go by it, or as many as end within so many seconds, but never more
+    # than the longest. What they took and brought is looked at as it is made anew, which takes about as long for one step as for several.
     REPEAT = 3
+    REPEAT_SECONDS = 0.012
+    LONGEST_REPEAT = 7
+    # Times the throughput of what was best that another must have to take its place: the steps around a change are slower than others.
+    BETTER = 1.02
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 16
-    # Steps of a second trial: the first after a change are slower than those that follow.
+    # Steps of a second trial, and least ones of a probe for the cost of fewer drafts that may win: the first and the last do not count.
     TRIAL_LENGTH = 4
     # Steps of a probe for cost where these are cheap: so many that those of before and the first ones do not count any more. In a few steps
     # among others a number of drafts looks slower than it is, and what is hardly worse would never be given up.
@@ -143,6 +149,8 @@ class DraftController:
         # Seconds of a round in the steps that nobody has looked at yet, and what they have in common: rows, drafts and rounds.
         self._unseen: list[float] = []
         self._unseen_kind = (0, 0, 0)
+        # And their rows' rounds: whose, drafts asked for, and accepted.
+        self._unseen_rounds: list[tuple[Acceptance, int, int]] = []
         # Steps of a probe for the cost of drafts where there were none: if the first has to catch up, it says nothing of the cost, and is
         # dear enough for a whole trial.
         self._first_drafts = 1
@@ -188,6 +196,8 @@ class DraftController:
         rates = [tokens[arm] / seconds[arm] for arm in range(num_arms)]
         best = rates.index(max(rates))
         standing = self._standing = self._standing_of(num_rows)
+        if standing.best < num_arms and rates[best] < self.BETTER * rates[standing.best]:
+            best = standing.best
         if best != standing.best:
             standing.best, standing.rival, standing.check_after = best, standing.best, self.MIN_CHECK
         arm = self._held(standing, num_arms)
@@ -211,7 +221,8 @@ class DraftController:
                     self._probe = _Probe(standing, self.draft_counts[best], length, num_needed, paid, 1 / rates[best])
             if arm == best and self._probe is None:
                 if arm:
-                    self._repeat = self.REPEAT
+                    num_steps = int(self.REPEAT_SECONDS / (self._rounds_per_step * seconds[arm]))
+                    self._repeat = min(max(num_steps, self.REPEAT), self.LONGEST_REPEAT)
                 else:
                     self._rest = min(max(int(due), self.REST), self.LONGEST_REST)
         self._last, self._last_rows = self.draft_counts[arm], num_rows
@@ -242,7 +253,7 @@ class DraftController:
         if kind != self._unseen_kind or len(self._unseen) > self.LONGEST_REST:
             if num_rows != self._unseen_kind[0] or num_rounds != self._unseen_kind[2]:
                 self._rest = min(self._rest, self.REST)
-            self._look_back()
+            self._look_back(is_run_over=kind != self._unseen_kind)
             self._unseen_kind = kind
         self._unseen.append(seconds / num_rounds)
 
@@ -251,25 +262,43 @@ class DraftController:
         """Of the time, what is saved for probes now."""
         return self.EXPLORATION_SHARE if self._interval < self.MAX_INTERVAL else self.BACKED_OFF_SHARE
 
-    def _look_back(self) -> None:
-        """At the steps since it was last called: small models lose more by a look at each than by one at several."""
+    def _look_back(self, *, is_run_over: bool = False) -> None:
+        """At the steps since it was last called: small models lose more by a look at each than by one at several.
+
+        `is_run_over` when the next step is of another kind.
+        """
+        if self._unseen_rounds:
+            self._look_back_at_rounds()
         if not self._unseen:
             return
         steps, self._unseen = self._unseen, []
         num_rows, num_drafts, num_rounds = self._unseen_kind
-        cost = num_rounds * self._costs.observe(num_rows, self._arms[num_drafts], steps)
+        cost = num_rounds * self._costs.observe(num_rows, self._arms[num_drafts], steps, is_run_over=is_run_over)
         standing = self._standing_of(num_rows)
         saved = standing.budget + self._share * len(steps) * cost
         standing.budget = min(saved, self.EXPLORATION_SHARE * self.MAX_SAVED_STEPS * cost)
         self._count_probe(num_drafts, num_rounds, len(steps))
+
+    def _look_back_at_rounds(self) -> None:
+        rounds, self._unseen_rounds = self._unseen_rounds, []
+        probe = self._probe
+        for (acceptance, num_drafts, num_accepted), times in Counter(rounds).items():
+            self._curve.observe(acceptance.rate, num_drafts, num_accepted, times)
+            acceptance.observe(num_drafts, num_accepted, times)
+            self.acceptance.observe(num_drafts, num_accepted, times)
+            if probe is not None and num_drafts > probe.more_than:
+                probe.num_accepted += times * num_accepted
         self._curve.refresh()
+        self.acceptance.refresh()
+        for row in dict.fromkeys(acceptance for acceptance, _, _ in rounds):
+            row.refresh()
 
     def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
         """A step that cannot be compared, as it did more: caught up before its drafts, or computed prompts, and then `num_drafts` is None.
 
         What the host does for prompts may be seen in the next step.
         """
-        self._look_back()
+        self._look_back(is_run_over=True)
         self._costs.interrupt(num_rows, None if num_drafts is None else self._arms[num_drafts])
         if num_drafts is not None:
             self._first_drafts = 1 + self.TRIAL_LENGTH
@@ -288,18 +317,15 @@ class DraftController:
         The rounds of a step are reported together, before the next choice after them.
         """
         if num_drafts:
-            self._curve.observe(acceptance.rate, num_drafts, num_accepted)
-            acceptance.observe(num_drafts, num_accepted)
-            self.acceptance.observe(num_drafts, num_accepted)
-            if self._probe is not None and num_drafts > self._probe.more_than:
-                self._probe.num_accepted += num_accepted
+            self._unseen_rounds.append((acceptance, num_drafts, num_accepted))
 
     def cost(self, num_rows: int, num_drafts: int) -> float | None:
-        """Learned seconds of a round, of all but the last few steps, and no more than with more drafts; None where none was measured."""
+        """Learned seconds of a round, of the steps before the last choice, no more than with more drafts; None where none was measured."""
         bucket, arm = self._costs.bucket(num_rows), self._arms[num_drafts]
-        if len(self._unseen) >= self.REPEAT or self._costs.measured(bucket)[arm] is None:
-            self._look_back()
         measured = self._costs.measured(bucket)[arm:]
+        if measured[0] is None and self._unseen:
+            self._look_back()
+            measured = self._costs.measured(bucket)[arm:]
         return None if measured[0] is None else min(seconds for seconds in measured if seconds is not None)
 
     def _expected_tokens(self, num_arms: int, rows: Sequence[Acceptance], limits: Sequence[int]) -> list[float]:
@@ -360,7 +386,8 @@ class DraftController:
             return best, 0, 0.0, 0.0
         # Drafts are tested by one step, costs by those that follow their own kind: as many as cost no more than a step of the best. More
         # drafts may bring less than is thought.
-        may_win = tokens[chosen] > self.CLOSE * best_rate * seconds[chosen]
+        is_open = self._costs.is_contradicted(bucket, chosen, seconds[chosen])
+        may_win = is_open or tokens[chosen] > self.CLOSE * best_rate * seconds[chosen]
         if chosen > best:
             least = 1 if best else self._first_drafts
         else:

@@ -45,6 +45,8 @@ class _CostFilter:
         self._seen_at = 0
         self.num_samples = [0] * len(logs)
         """By arm."""
+        self.was_off = [False] * len(logs)
+        """Whether the last one of an arm was off by more than chance."""
 
     def log_seconds(self, arm: int) -> float:
         """Of a step, as far as known."""
@@ -77,6 +79,7 @@ class _CostFilter:
             mean[idx] += gain * believed
             for column, value in enumerate(along):
                 row[column] -= gain * value
+        self.was_off[arm] = believed != off
         if believed != off:
             excess = min((off - believed) ** 2, self.UNKNOWN)
             covariance[0][0] += (1.0 - self.DOUBT_OF_DRAFTS) * excess
@@ -88,9 +91,10 @@ class StepCosts:
     """Seconds that a decode step takes, by the number of rows in powers of two and by number of drafts.
 
     The host's work for a step is partly done while the device is at the next, so a step after one with more drafts takes longer
-    than it would among its like, and one after fewer drafts less; and a kind takes some steps to be as fast as in the long run. So a
-    sample is made of steps that follow their own kind, in the later half of those seen at once; or, of a single one within steps of
-    fewer drafts, of what it and the step after it took together, less what that one costs.
+    than it would among its like, and one after fewer drafts less; and a kind takes some steps to be as fast as in the long run. The last
+    step before one of another kind takes longer too: that one is launched during it. So a sample is made of steps that follow their own
+    kind, in the later half of those seen at once, and are followed by it; or, of a single one within steps of fewer drafts, of
+    what it and the step after it took together, less what that one costs.
     """
 
     # Steps that one sample is the mean of, where as many follow each other: when a step is seen to end is a matter of chance on small
@@ -121,20 +125,26 @@ class StepCosts:
         # Of the last two steps, and what the last one took.
         self._cells: tuple[tuple[int, int] | None, tuple[int, int] | None] = (None, None)
         self._seconds = 0.0
+        # Whether steps of the run that they are of were taken for a sample.
+        self._is_run_known = False
 
     @staticmethod
     def bucket(num_rows: int) -> int:
         """Buckets end at powers of two: 1, 2, 3 to 4, 5 to 8 rows and so on are 0, 1, 2, 3."""
         return max(num_rows - 1, 0).bit_length()
 
-    def observe(self, num_rows: int, arm: int, steps: Sequence[float]) -> float:
-        """Steps with `draft_counts[arm]` drafts, each after the other, took so many seconds; what such a step is now taken to cost."""
+    def observe(self, num_rows: int, arm: int, steps: Sequence[float], *, is_run_over: bool = False) -> float:
+        """Steps with `draft_counts[arm]` drafts, each after the other, took so many seconds; what such a step is now taken to cost.
+
+        `is_run_over` when the next step is of another kind.
+        """
         cell = (self.bucket(num_rows), arm)
         (before, last), last_seconds = self._cells, self._seconds
         self._cells, self._seconds = (last if len(steps) == 1 else cell, cell), steps[-1]
         costs = self._filter(cell[0])
         if cell != last:
-            num_unsettled = (len(steps) + 1) // 2
+            self._is_run_known = False
+            num_unsettled = max((len(steps) - 1) // 2, 1)
             first, steps = steps[0], steps[num_unsettled:]
             self._num_steps += num_unsettled
             if not costs.num_samples[arm]:
@@ -142,9 +152,13 @@ class StepCosts:
             elif before == cell and last is not None and cell < last:
                 known = math.exp(costs.log_seconds(arm))
                 self._add(last, [max(last_seconds + first - known, known)], self.PAIRED)
+        self._num_steps += len(steps)
+        is_only_one = len(steps) == 1 and not self._is_run_known
+        if is_run_over and not is_only_one:
+            steps = steps[:-1]
         if steps:
-            self._num_steps += len(steps)
-            self._add(cell, steps[-self.SPAN :])
+            self._add(cell, steps[-self.SPAN :], self.UNSETTLED if is_run_over and is_only_one else 1.0)
+            self._is_run_known = True
         return math.exp(costs.log_seconds(arm))
 
     def _filter(self, bucket: int) -> _CostFilter:
@@ -176,9 +190,11 @@ class StepCosts:
         return self._num_steps - self._measured_at.get((bucket, arm), -math.inf)
 
     def is_sure(self, bucket: int, arm: int, estimate: float) -> bool:
-        """Whether more than a single step is known of this, and it is not contradicted."""
+        """Whether more than a single step is known of this, the last was no surprise, and it is not contradicted."""
         costs = self._filters.get(bucket)
-        return costs is not None and costs.num_samples[arm] >= 2 and not self.is_contradicted(bucket, arm, estimate)
+        if costs is None or costs.num_samples[arm] < 2 or costs.was_off[arm]:
+            return False
+        return not self.is_contradicted(bucket, arm, estimate)
 
     def is_contradicted(self, bucket: int, arm: int, estimate: float) -> bool:
         """Whether it lies above its estimate, which is what other numbers of drafts say of it."""

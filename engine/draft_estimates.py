@@ -52,16 +52,16 @@ class AcceptanceCurve:
         self.weights = self._accumulate_weights()
         self.tokens_by_level = self._tabulate()
 
-    def observe(self, rate: float, num_drafts: int, num_accepted: int) -> None:
-        """A round of a row whose rate was `rate` before it; counts at the next `refresh`."""
-        self._rounds[num_accepted] += 1
-        self._rates[num_accepted] += rate
+    def observe(self, rate: float, num_drafts: int, num_accepted: int, times: int = 1) -> None:
+        """So many like rounds of a row whose rate was `rate` before them; they count at the next `refresh`."""
+        self._rounds[num_accepted] += times
+        self._rates[num_accepted] += times * rate
         if num_accepted < num_drafts:
-            self._rejected_rounds[num_accepted] += 1
-            self._rejected_rates[num_accepted] += rate
+            self._rejected_rounds[num_accepted] += times
+            self._rejected_rates[num_accepted] += times * rate
 
     def refresh(self) -> None:
-        """Works the rounds observed since the last call into the table; microseconds, once a step."""
+        """Works the rounds observed since the last call into the table."""
         if any(self._rounds):
             self._fold()
             exponents = self._estimate_exponents()
@@ -131,7 +131,18 @@ class Acceptance:
     ROW_PRIOR_TRIALS = 10.0
     ENGINE_PRIOR_TRIALS = 3.0
 
-    __slots__ = ("_accepted", "_curve", "_memory", "_prior", "_prior_trials", "_tested", "level", "rate")
+    __slots__ = (
+        "_accepted",
+        "_curve",
+        "_memory",
+        "_new_accepted",
+        "_new_tested",
+        "_prior",
+        "_prior_trials",
+        "_tested",
+        "level",
+        "rate",
+    )
 
     rate: float
     level: int
@@ -144,22 +155,29 @@ class Acceptance:
         self._memory = self.ENGINE_MEMORY if prior is None else self.ROW_MEMORY
         self._accepted = 0.0
         self._tested = 0.0
+        # Since the last `refresh`.
+        self._new_accepted = 0.0
+        self._new_tested = 0.0
         self.rate = START_RATE if prior is None else prior.rate
         self.level = round(self.rate * NUM_LEVELS)
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """A round that asked for `num_drafts`, of which the first `num_accepted` were accepted; of 0 it learns nothing."""
-        assert 0 <= num_accepted <= num_drafts, (num_drafts, num_accepted)
-        if num_drafts:
-            weights = self._curve.weights
-            tested = weights[min(num_accepted + 1, num_drafts)]
-            kept = math.exp(-tested / self._memory)
-            self._accepted = self._accepted * kept + weights[num_accepted]
-            self._tested = self._tested * kept + tested
-            prior_rate = START_RATE if self._prior is None else self._prior.rate
-            trials = self._prior_trials
-            self.rate = (self._accepted + trials * prior_rate) / (self._tested + trials)
-            self.level = round(self.rate * NUM_LEVELS)
+    def observe(self, num_drafts: int, num_accepted: int, times: int = 1) -> None:
+        """So many rounds that asked for `num_drafts`, of which the first `num_accepted` were accepted; they count at the next `refresh`."""
+        assert 0 <= num_accepted <= num_drafts > 0, (num_drafts, num_accepted)
+        weights = self._curve.weights
+        self._new_tested += times * weights[min(num_accepted + 1, num_drafts)]
+        self._new_accepted += times * weights[num_accepted]
+
+    def refresh(self) -> None:
+        """Works the rounds observed since the last call into the rate."""
+        kept = math.exp(-self._new_tested / self._memory)
+        self._accepted = self._accepted * kept + self._new_accepted
+        self._tested = self._tested * kept + self._new_tested
+        self._new_accepted = self._new_tested = 0.0
+        prior_rate = START_RATE if self._prior is None else self._prior.rate
+        trials = self._prior_trials
+        self.rate = (self._accepted + trials * prior_rate) / (self._tested + trials)
+        self.level = round(self.rate * NUM_LEVELS)
 
     def expected_tokens(self, num_drafts: int) -> float:
         """Tokens that a round with so many drafts is expected to bring: 1, and the expected number of accepted drafts."""

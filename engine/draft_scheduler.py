@@ -160,6 +160,8 @@ class DraftScheduler:
 
     # Steps for which it is not asked again whether anybody may draft, unless somebody comes: small models lose by asking.
     CLOSED_FOR = 32
+    # Rounds after which the account is told of them, or sooner if another kind follows: small models lose by telling it of each.
+    SETTLE_AFTER = 8
 
     def __init__(
         self,
@@ -204,8 +206,10 @@ class DraftScheduler:
         self._postponed = 0
         # Steps for which nobody may draft who is here now.
         self._num_closed = 0
-        # Rounds without drafts that the account does not know of yet: small models lose by telling it of each.
-        self._num_plain = 0
+        # What the account does not know of yet: how many rounds there were, how many of them with drafts, and how many tokens
+        # these brought; and how many rows and drafts these have.
+        self._num_unsettled = self._num_unsettled_drafts = self._num_unsettled_tokens = 0
+        self._unsettled_kind = (0, 0)
         # Of the step that is being planned: who is drafted for, and how many tiles each catches up with.
         self._ready: set[str] = set()
         self._num_tiles: dict[str, int] = {}
@@ -214,7 +218,8 @@ class DraftScheduler:
     def go_by(self, policy: DraftPolicy, account: CatchUpAccount) -> None:
         """Decides with these from now on, which may have learned something elsewhere. There must be no requests."""
         self.policy, self.account = policy, account
-        self._num_plain = self._num_closed = self._postponed = 0
+        self._num_unsettled = self._num_unsettled_drafts = self._num_unsettled_tokens = 0
+        self._num_closed = self._postponed = 0
 
     def passes_over(self, num_steps: int) -> bool:
         """Whether the next step, of `num_steps` rounds of decode rows and nothing else, goes without drafts whoever they are.
@@ -238,7 +243,8 @@ class DraftScheduler:
             self.concerns_rows = self.wakes_head = False
         if not may_draft or self._rests():
             return 0
-        self._settle_plain()
+        if self._num_unsettled >= self.SETTLE_AFTER:
+            self._settle()
         requests = list(islice(decoding, most_rows))
         if not requests:
             return 0
@@ -393,43 +399,45 @@ class DraftScheduler:
 
     def observe_step(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
         """A step took so long, catching up included, and brought this."""
-        num_rows = len(step.decode)
-        if not (step.num_drafts or step.prefill or step.catch_up):
-            self._num_plain += step.num_decode_steps
-            self.policy.observe_step(num_rows, 0, seconds, step.num_decode_steps)
-            return
-        self._settle_plain()
-        if self._keeps_cache:
-            self.account.served(step.num_decode_steps)
-        if step.prefill:
-            self.policy.observe_other_step(num_rows, None)
-            return
-        if step.wakes_head:
+        num_rows, num_rounds = len(step.decode), step.num_decode_steps
+        self._num_unsettled += num_rounds
+        if step.prefill or step.wakes_head:
             self.policy.observe_other_step(num_rows, None)
         elif step.catch_up:  # its cost is in the account, and in no round's
-            self.policy.observe_other_step(num_rows, step.num_drafts, step.num_decode_steps)
+            self.policy.observe_other_step(num_rows, step.num_drafts, num_rounds)
         else:
-            self.policy.observe_step(num_rows, step.num_drafts, seconds, step.num_decode_steps)
-        if self._keeps_cache:
-            self._settle(step, seconds / step.num_decode_steps, outputs)
-
-    def _settle_plain(self) -> None:
-        """Credits the steps without drafts since it was last called."""
-        if self._num_plain:
-            self.account.served(self._num_plain)
-            self._num_plain = 0
-
-    def _settle(self, step: SchedulerOutput, seconds: float, outputs: Sequence[EngineCoreOutput]) -> None:
-        """Puts into the account what a step brought, each of whose rounds took so long. The usual counts: one slow step would empty it."""
-        num_rows = len(step.decode)
-        plain_cost, cost = self.policy.cost(num_rows, 0), self.policy.cost(num_rows, step.num_drafts)
-        if plain_cost is None or cost is None:
+            self.policy.observe_step(num_rows, step.num_drafts, seconds, num_rounds)
+        if not self._keeps_cache or step.prefill or not (step.num_drafts or step.catch_up):
             return
-        if step.catch_up:
+        kind = (num_rows, step.num_drafts)
+        if step.catch_up or kind != self._unsettled_kind:
+            self._settle()
+            self._unsettled_kind = kind
+        costs = self._costs(*kind) if step.catch_up else None
+        if costs is not None:
+            plain_cost, cost = costs
             num_tiles = sum(row.num_tiles for row in step.catch_up)
-            self.account.caught_up(num_tiles, max(seconds - cost, 0.0) * step.num_decode_steps / plain_cost)
-        num_tokens = sum(len(output.new_token_ids) for output in outputs)
-        self.account.drafted(num_tokens / num_rows, step.num_decode_steps * cost / plain_cost)
+            self.account.caught_up(num_tiles, max(seconds - num_rounds * cost, 0.0) / plain_cost)
+        self._num_unsettled_drafts += num_rounds
+        self._num_unsettled_tokens += sum(len(output.new_token_ids) for output in outputs)
+
+    def _settle(self) -> None:
+        """Puts into the account what steps brought since it was last called. Their usual cost counts: one slow step would empty it."""
+        num_rounds, self._num_unsettled = self._num_unsettled, 0
+        num_drafting, self._num_unsettled_drafts = self._num_unsettled_drafts, 0
+        num_tokens, self._num_unsettled_tokens = self._num_unsettled_tokens, 0
+        if not self._keeps_cache:
+            return
+        self.account.served(num_rounds)
+        costs = self._costs(*self._unsettled_kind) if num_drafting else None
+        if costs is not None:
+            plain_cost, cost = costs
+            self.account.drafted(num_tokens / self._unsettled_kind[0], num_drafting * cost / plain_cost)
+
+    def _costs(self, num_rows: int, num_drafts: int) -> tuple[float, float] | None:
+        """Seconds of a round without drafts and with so many, once both are known."""
+        plain_cost, cost = self.policy.cost(num_rows, 0), self.policy.cost(num_rows, num_drafts)
+        return None if plain_cost is None or cost is None else (plain_cost, cost)
 
     def observe(self, request: Request, rounds: Sequence[DraftRound], num_asked: int) -> None:
         """What came of a row's rounds, for each of which `num_asked` drafts were asked for; its tokens are those after them."""
