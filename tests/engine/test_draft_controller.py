@@ -423,9 +423,9 @@ def test_text_that_becomes_predictable_is_noticed_within_a_hundred_steps(cost, n
         choices = device.run([[FAILS] * num_rows], 1000 + 5 * seed).choices  # not always as long before a probe
         assert sum(choice >= 3 for choice in choices[-100:]) <= 10
         found.append(steps_until(device.run([[GOOD] * num_rows], 300).choices, lambda choice: choice >= 3))
-    found.sort()
-    assert found[9 * len(found) // 10 - 1] <= 100
-    assert found[-1] <= 250
+    *most, _, last = sorted(found)
+    assert most[-1] <= 100
+    assert last <= 200
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -452,9 +452,10 @@ def test_text_that_is_predictable_no_longer_is_drafted_for_little_soon_and_not_a
         Device(num_rows, medium, lifetime=10**6, seed=seed).run([[GOOD] * num_rows, [FAILS] * num_rows], 1000).choices
         for seed in range(num_seeds)
     ]
-    *most, last = sorted(steps_until(choices[1000:], lambda choice: choice <= 1) for choices in runs)
-    assert most[9 * num_seeds // 10 - 1] <= 60
-    assert last <= 100
+    found = sorted(steps_until(choices[1000:], lambda choice: choice <= 1) for choices in runs)
+    num_late = num_seeds // 10  # of one row; of several none
+    assert found[-1 - num_late] <= 60
+    assert found[-1] <= 65
     assert statistics.fmean(steps_until(choices[1000:], lambda choice: choice == 0) for choices in runs) <= within
 
 
