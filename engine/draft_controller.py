@@ -111,8 +111,9 @@ class DraftController:
     REPEAT = 3
     REPEAT_SECONDS = 0.012
     LONGEST_REPEAT = 7
-    # Times the throughput of what was best that another must have to take its place: the steps around a change are slower than others.
-    BETTER = 1.02
+    # What another number must gain to take the place of the best: this share, and within so many steps what a change costs.
+    GAIN = 0.02
+    GAIN_STEPS = 32
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
     MAX_PROBE_AGE = 16
     # Steps of a second trial, and least ones of a probe for the cost of fewer drafts that may win: the first and the last do not count.
@@ -146,6 +147,8 @@ class DraftController:
         self._rounds_per_step = 1
         # The last choice, for how many rows it was made, and for how many steps it holds.
         self._last = self._last_rows = self._repeat = 0
+        # Drafts of the step that is under way as the next one is chosen, if its own were chosen.
+        self._under_way: int | None = None
         # Seconds of a round in the steps that nobody has looked at yet, and what they have in common: rows, drafts and rounds.
         self._unseen: list[float] = []
         self._unseen_kind = (0, 0, 0)
@@ -185,10 +188,11 @@ class DraftController:
             self._standing.steps_since_probe += 1
             return self._last
         self._repeat = 0
-        self._look_back()
+        self._look_back(is_run_over=self._under_way not in (None, self._unseen_kind[1]))
         num_arms = sum(count <= most for count in self.draft_counts)
         if num_arms <= 1:
             self._rest = self.REST if self._probe is None else 0
+            self._under_way = 0
             return 0
         bucket = self._costs.bucket(num_rows)
         seconds = self._costs.estimates(bucket)
@@ -196,8 +200,10 @@ class DraftController:
         rates = [tokens[arm] / seconds[arm] for arm in range(num_arms)]
         best = rates.index(max(rates))
         standing = self._standing = self._standing_of(num_rows)
-        if standing.best < num_arms and rates[best] < self.BETTER * rates[standing.best]:
-            best = standing.best
+        if standing.best < num_arms:
+            change = self._costs.change(bucket) / (self.GAIN_STEPS * seconds[standing.best])
+            if rates[best] < (1.0 + self.GAIN + change) * rates[standing.best]:
+                best = standing.best
         if best != standing.best:
             standing.best, standing.rival, standing.check_after = best, standing.best, self.MIN_CHECK
         arm = self._held(standing, num_arms)
@@ -212,7 +218,7 @@ class DraftController:
                 paid = length * self._rounds_per_step * price
                 if arm != best:
                     self._hold(standing, arm, length - 1)
-                    standing.budget -= paid
+                    standing.budget -= paid + 2.0 * self._rounds_per_step * self._costs.change(bucket)
                     standing.steps_since_probe = 0
                 if arm == standing.rival:
                     standing.check_after = min(2 * standing.check_after, self.REMEASURE_AFTER)
@@ -226,6 +232,7 @@ class DraftController:
                 else:
                     self._rest = min(max(int(due), self.REST), self.LONGEST_REST)
         self._last, self._last_rows = self.draft_counts[arm], num_rows
+        self._under_way = self._last
         return self._last
 
     def _hold(self, standing: _Standing, arm: int, num_steps: int) -> None:
@@ -393,9 +400,15 @@ class DraftController:
         else:
             least = self.TRIAL_LENGTH if may_win else 2
         risk = max(price, self.RISK * (seconds[chosen] - seconds[best]))
-        length = min(max(int(seconds[best] / risk), least), self.MAX_LENGTH) if for_cost else 1
-        wait = min(self._interval, length * price / (self.BACKED_OFF_SHARE * seconds[best]))
-        steps_to_save = (length * price - standing.budget / self._rounds_per_step) / (self._share * seconds[best])
+        if not for_cost:
+            length = 1
+        elif chosen > best and tokens[chosen] <= (1.0 + self.GAIN) * tokens[best]:
+            length = least  # it would not win if it cost nothing
+        else:
+            length = min(max(int(seconds[best] / risk), least), self.MAX_LENGTH)
+        cost = length * price + 2.0 * self._costs.change(bucket)
+        wait = min(self._interval, cost / (self.BACKED_OFF_SHARE * seconds[best]))
+        steps_to_save = (cost - standing.budget / self._rounds_per_step) / (self._share * seconds[best])
         due = max(steps_to_save, wait - standing.steps_since_probe)
         return (best, 0, 0.0, due) if due > 0.0 else (chosen, length, price, 0.0)
 

@@ -34,6 +34,9 @@ class _CostFilter:
     MOST_OFF = 2.5
     # The share of that doubt which is of how these drafts compare with others, and not of how fast the machine is.
     DOUBT_OF_DRAFTS = 0.5
+    # Changes that the mean of what one costs is about: what single steps are off by cancels out. Some are taken to have cost nothing.
+    CHANGES = 32
+    ASSUMED_CHANGES = 8
 
     def __init__(self, logs: Sequence[float]) -> None:
         """`logs[arm]` is the logarithm of what is assumed of a step with that many drafts, of which nothing was measured."""
@@ -47,6 +50,8 @@ class _CostFilter:
         """By arm."""
         self.was_off = [False] * len(logs)
         """Whether the last one of an arm was off by more than chance."""
+        self.num_changes = 0
+        self.change_seconds = 0.0
 
     def log_seconds(self, arm: int) -> float:
         """Of a step, as far as known."""
@@ -61,6 +66,13 @@ class _CostFilter:
             for column in range(len(row)):
                 row[column] += variance if bool(idx) == bool(column) else -variance
 
+    def observe_change(self, arm: int, seconds: float) -> None:
+        """The steps before and after a change to this number of drafts took so much longer together than others."""
+        self.num_changes = min(self.num_changes + 1, self.CHANGES - self.ASSUMED_CHANGES)
+        most = 0.5 * math.exp(self.log_seconds(arm))
+        off = min(max(seconds - self.change_seconds, -most), most)
+        self.change_seconds += off / (self.num_changes + self.ASSUMED_CHANGES)
+
     def observe(self, arm: int, log_seconds: float, variance: float, now: int) -> None:
         """A sample, taken at step `now` of the engine."""
         mean, covariance = self._mean, self._covariance
@@ -74,6 +86,10 @@ class _CostFilter:
             mean[0] += log_seconds - self.log_seconds(arm)
         off, most = log_seconds - self.log_seconds(arm), self.MOST_OFF * math.sqrt(total)
         believed = min(max(off, -most), most)
+        if believed != off and self.num_samples[arm] and not self.was_off[arm]:
+            self.was_off[arm] = True  # by chance, as others use the machine too, unless the next is off as well
+            self.num_samples[arm] += 1
+            return
         for idx, row in enumerate(covariance):
             gain = along[idx] / total
             mean[idx] += gain * believed
@@ -127,6 +143,8 @@ class StepCosts:
         self._seconds = 0.0
         # Whether steps of the run that they are of were taken for a sample.
         self._is_run_known = False
+        # By how much the last step took longer than its like, if another kind follows.
+        self._excess = 0.0
 
     @staticmethod
     def bucket(num_rows: int) -> int:
@@ -142,7 +160,10 @@ class StepCosts:
         (before, last), last_seconds = self._cells, self._seconds
         self._cells, self._seconds = (last if len(steps) == 1 else cell, cell), steps[-1]
         costs = self._filter(cell[0])
+        excess, self._excess = self._excess, 0.0
         if cell != last:
+            if last is not None and last[0] == cell[0] and costs.num_samples[arm]:
+                costs.observe_change(arm, excess + steps[0] - math.exp(costs.log_seconds(arm)))
             self._is_run_known = False
             num_unsettled = max((len(steps) - 1) // 2, 1)
             first, steps = steps[0], steps[num_unsettled:]
@@ -154,7 +175,8 @@ class StepCosts:
                 self._add(last, [max(last_seconds + first - known, known)], self.PAIRED)
         self._num_steps += len(steps)
         is_only_one = len(steps) == 1 and not self._is_run_known
-        if is_run_over and not is_only_one:
+        if is_run_over and steps and not is_only_one:
+            self._excess = steps[-1] - math.exp(costs.log_seconds(arm))
             steps = steps[:-1]
         if steps:
             self._add(cell, steps[-self.SPAN :], self.UNSETTLED if is_run_over and is_only_one else 1.0)
@@ -184,6 +206,11 @@ class StepCosts:
     def interrupt(self, num_rows: int, arm: int | None) -> None:
         """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
         self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
+
+    def change(self, bucket: int) -> float:
+        """Seconds of a round that a change of the number of drafts costs, in the steps around it."""
+        costs = self._filters.get(bucket)
+        return max(costs.change_seconds, 0.0) if costs is not None else 0.0
 
     def age(self, bucket: int, arm: int) -> float:
         """Steps of the engine since this was measured last; infinite if it never was."""
