@@ -85,9 +85,10 @@ class DraftController:
       if it only looked worse in a bad moment, that is found out.
 
     Each probe is paid from a budget, `EXPLORATION_SHARE` of the time served with about as many rows, `BACKED_OFF_SHARE` while they
-    fail: the time by which it is expected to fall behind the best K, corrected once its tokens are known. Among several, the one is
-    taken for which age by price is largest, which gives each the same share, but first what lies above the cost of more drafts: it
-    may hide the best. New requests change nothing in this: they begin at the engine's rate and are probed with the rest.
+    fail: the time by which it is expected to fall behind the best K, corrected once its tokens are known, and what the changes to it
+    and back cost. Among several, the one is taken for which age by price is largest, which gives each the same share, but first what
+    lies above the cost of more drafts: it may hide the best. New requests change nothing in this: they begin at the engine's rate
+    and are probed with the rest.
     """
 
     EXPLORATION_SHARE = 0.015
