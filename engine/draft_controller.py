@@ -146,10 +146,8 @@ class DraftController:
         self._standing = self._standing_of(0)
         # Of the last step.
         self._rounds_per_step = 1
-        # The last choice, for how many rows it was made, and for how many steps it holds.
+        # The last choice, for how many rows it was made, which is 0 before the first, and for how many steps it holds.
         self._last = self._last_rows = self._repeat = 0
-        # Drafts of the step that is under way as the next one is chosen, if its own were chosen.
-        self._under_way: int | None = None
         # Seconds of a round in the steps that nobody has looked at yet, and what they have in common: rows, drafts and rounds.
         self._unseen: list[float] = []
         self._unseen_kind = (0, 0, 0)
@@ -189,11 +187,12 @@ class DraftController:
             self._standing.steps_since_probe += 1
             return self._last
         self._repeat = 0
-        self._look_back(is_run_over=self._under_way not in (None, self._unseen_kind[1]))
+        # The step under way, which nobody has measured yet, goes by the last choice.
+        self._look_back(is_run_over=self._last_rows > 0 and self._last != self._unseen_kind[1])
         num_arms = sum(count <= most for count in self.draft_counts)
         if num_arms <= 1:
             self._rest = self.REST if self._probe is None else 0
-            self._under_way = 0
+            self._last, self._last_rows = 0, num_rows
             return 0
         bucket = self._costs.bucket(num_rows)
         seconds = self._costs.estimates(bucket)
@@ -233,7 +232,6 @@ class DraftController:
                 else:
                     self._rest = min(max(int(due), self.REST), self.LONGEST_REST)
         self._last, self._last_rows = self.draft_counts[arm], num_rows
-        self._under_way = self._last
         return self._last
 
     def _hold(self, standing: _Standing, arm: int, num_steps: int) -> None:
