@@ -172,6 +172,7 @@ class DraftController:
         if not self._rest:
             return False
         self._rest -= 1
+        self._last = 0
         self._standing.steps_since_probe += 1
         return True
 
@@ -225,6 +226,8 @@ class DraftController:
                 if arm > best:
                     num_needed = rates[best] * seconds[arm] - len(rows) - self._accepted_anyway(best, rows, limits)
                     self._probe = _Probe(standing, self.draft_counts[best], length, num_needed, paid, 1 / rates[best])
+                    if length == 1 and not best:
+                        self._rest = 1  # the step that is planned before this one's rounds are there
             if arm == best and self._probe is None:
                 if arm:
                     num_steps = int(self.REPEAT_SECONDS / (self._rounds_per_step * seconds[arm]))
@@ -358,8 +361,9 @@ class DraftController:
                 self._num_trials[arm] = 1
                 return arm
         for arm, rate in enumerate(rates):
-            is_open = 2 * rate >= max(rates) or self._costs.is_contradicted(bucket, arm, seconds[arm])
-            if self._num_trials[arm] == 1 and is_open:
+            if self._num_trials[arm] > 1:
+                continue
+            if 2 * rate >= max(rates) or self._costs.is_contradicted(bucket, arm, seconds[arm]):
                 self._num_trials[arm] = 2
                 self._hold(self._standing, arm, self.TRIAL_LENGTH - 1)
                 return arm

@@ -46,6 +46,8 @@ class _CostFilter:
         self._covariance = [[self.UNKNOWN_MORE * min(row, column) for column in arms] for row in arms]
         self._covariance[0][0] = self.UNKNOWN
         self._seen_at = 0
+        self.seconds = [math.exp(log) for log in logs]
+        """Of a step, as far as known, by arm."""
         self.num_samples = [0] * len(logs)
         """By arm."""
         self.was_off = [False] * len(logs)
@@ -69,7 +71,7 @@ class _CostFilter:
     def observe_change(self, arm: int, seconds: float) -> None:
         """The steps before and after a change to this number of drafts took so much longer together than others."""
         self.num_changes = min(self.num_changes + 1, self.CHANGES - self.ASSUMED_CHANGES)
-        most = 0.5 * math.exp(self.log_seconds(arm))
+        most = 0.5 * self.seconds[arm]
         off = min(max(seconds - self.change_seconds, -most), most)
         self.change_seconds += off / (self.num_changes + self.ASSUMED_CHANGES)
 
@@ -95,6 +97,7 @@ class _CostFilter:
             mean[idx] += gain * believed
             for column, value in enumerate(along):
                 row[column] -= gain * value
+        self.seconds = [math.exp(mean[0])] + [math.exp(mean[0] + added) for added in mean[1:]]
         self.was_off[arm] = believed != off
         if believed != off:
             excess = min((off - believed) ** 2, self.UNKNOWN)
@@ -163,7 +166,7 @@ class StepCosts:
         excess, self._excess = self._excess, 0.0
         if cell != last:
             if last is not None and last[0] == cell[0] and costs.num_samples[arm]:
-                costs.observe_change(arm, excess + steps[0] - math.exp(costs.log_seconds(arm)))
+                costs.observe_change(arm, excess + steps[0] - costs.seconds[arm])
             self._is_run_known = False
             num_unsettled = max((len(steps) - 1) // 2, 1)
             first, steps = steps[0], steps[num_unsettled:]
@@ -171,17 +174,17 @@ class StepCosts:
             if not costs.num_samples[arm]:
                 self._add(cell, [first], self.UNSETTLED)  # better than nothing
             elif before == cell and last is not None and cell < last:
-                known = math.exp(costs.log_seconds(arm))
+                known = costs.seconds[arm]
                 self._add(last, [max(last_seconds + first - known, known)], self.PAIRED)
         self._num_steps += len(steps)
         is_only_one = len(steps) == 1 and not self._is_run_known
         if is_run_over and steps and not is_only_one:
-            self._excess = steps[-1] - math.exp(costs.log_seconds(arm))
+            self._excess = steps[-1] - costs.seconds[arm]
             steps = steps[:-1]
         if steps:
             self._add(cell, steps[-self.SPAN :], self.UNSETTLED if is_run_over and is_only_one else 1.0)
             self._is_run_known = True
-        return math.exp(costs.log_seconds(arm))
+        return costs.seconds[arm]
 
     def _filter(self, bucket: int) -> _CostFilter:
         if bucket not in self._filters:
@@ -225,22 +228,24 @@ class StepCosts:
 
     def is_contradicted(self, bucket: int, arm: int, estimate: float) -> bool:
         """Whether it lies above its estimate, which is what other numbers of drafts say of it."""
-        seconds = self.measured(bucket)[arm]
-        return seconds is not None and seconds > self.CONTRADICTED * estimate
+        costs = self._filters.get(bucket)
+        if costs is None or not costs.num_samples[arm]:
+            return False
+        return costs.seconds[arm] > self.CONTRADICTED * estimate
 
     def measured(self, bucket: int) -> list[float | None]:
         """Seconds by arm, None where never measured."""
         costs = self._filters.get(bucket)
         if costs is None:
             return [None] * len(self._draft_counts)
-        return [math.exp(costs.log_seconds(arm)) if num else None for arm, num in enumerate(costs.num_samples)]
+        return [seconds if num else None for seconds, num in zip(costs.seconds, costs.num_samples, strict=True)]
 
     def _known(self, bucket: int) -> list[float]:
         """Seconds by arm; what was not measured is as many times as long as one that was as it is in the nearest batch size."""
         if not self._filters:
             return list(self._assumed)
         costs = self._filters[min(self._filters, key=lambda other: (abs(other - bucket), -other))]
-        return [math.exp(costs.log_seconds(arm)) for arm in range(len(self._draft_counts))]
+        return list(costs.seconds)
 
     def estimates(self, bucket: int) -> list[float]:
         """Seconds by arm, never fewer for more drafts.

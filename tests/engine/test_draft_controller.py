@@ -388,7 +388,7 @@ def test_what_changes_of_the_number_cost_is_learned_and_makes_them_seldom(rate, 
         result = Device(4, cost, seed=seed, hand_over=1.0).run([[flat(rate)] * 4], 4000)
         return (result.seconds + result.hand_over_seconds) / min(result.fixed_seconds.values())
 
-    assert statistics.fmean(run(seed) for seed in range(6)) <= 1.025
+    assert statistics.fmean(run(seed) for seed in range(24)) <= 1.025
 
 
 @pytest.mark.parametrize("hand_over", [0.0, 0.2, 0.5])
@@ -458,15 +458,16 @@ def test_a_new_engine_has_found_the_right_number_within_25_steps(num_rows, rates
 @pytest.mark.parametrize("num_rows", [1, 8])
 @pytest.mark.parametrize("cost", [cheap, medium, by_token])
 def test_text_that_becomes_predictable_is_noticed_within_a_hundred_steps(cost, num_rows):
-    found = []
-    for seed in range(24):
+    """One row alone shows little, so its runs differ, and many are looked at."""
+    found, num_seeds = [], 240 if num_rows == 1 else 24
+    for seed in range(num_seeds):
         device = Device(num_rows, cost, seed=seed, lifetime=10**6)
-        choices = device.run([[FAILS] * num_rows], 1000 + 5 * seed).choices  # not always as long before a probe
+        choices = device.run([[FAILS] * num_rows], 1000 + 5 * (seed % 24)).choices  # not always as long before a probe
         assert sum(choice >= 3 for choice in choices[-100:]) <= 10
         found.append(steps_until(device.run([[GOOD] * num_rows], 300).choices, lambda choice: choice >= 3))
-    *most, _, last = sorted(found)
-    assert most[-1] <= 100
-    assert last <= 200
+    found.sort()
+    assert found[-1 - num_seeds // 12] <= 100
+    assert found[-1] <= 200
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -524,7 +525,7 @@ def test_where_drafts_fail_few_steps_have_to_choose():
 
     device.controller.choose = choose
     device.run([[FAILS] * 4], 800)
-    assert 50 <= asked <= 110, "one of sixteen, and those around a probe"
+    assert 30 <= asked <= 60, "one of thirty-two, and twice for a probe"
 
 
 # ---- costs
