@@ -104,15 +104,18 @@ class DraftController:
     # After a change of what is best, for what was best before; doubles with each measurement.
     MIN_CHECK = 16
     # After a choice of no drafts, steps for which it holds unseen: on small models the host's time to choose counts, and what led to it
-    # changes slowly. Longer where no probe can be due before, unless the batch changes.
+    # changes slowly. Longer, unless the batch changes, where no probe can be due before, and half as long as that where it is far away,
+    # as by then another may be due.
     REST = 7
-    LONGEST_REST = 31
+    LONG_REST = 31
+    LONGEST_REST = 127
     # After a choice of some drafts that is no trial: so many more steps go by it, or as many as end within so many seconds, but never more
     # than the longest. What they took and brought is looked at as it is made anew, which takes about as long for one step as for several.
     REPEAT = 3
     REPEAT_SECONDS = 0.012
     LONGEST_REPEAT = 7
-    # What another number must gain to take the place of the best: this share, and within so many steps what a change costs.
+    # What another number must gain to take the place of the best: this share. More drafts must gain besides, within so many steps, what a
+    # change costs, and fewer need gain so much less: where changes cost much, drafts that hardly pay lose by the changes around them.
     GAIN = 0.02
     GAIN_STEPS = 32
     # Steps after which a probe's results are not waited for: its requests were aborted, say.
@@ -203,7 +206,8 @@ class DraftController:
         standing = self._standing = self._standing_of(num_rows)
         if standing.best < num_arms:
             change = self._costs.change(bucket) / (self.GAIN_STEPS * seconds[standing.best])
-            if rates[best] < (1.0 + self.GAIN + change) * rates[standing.best]:
+            gain = self.GAIN + change if best > standing.best else max(self.GAIN - change, 0.0)
+            if rates[best] < (1.0 + gain) * rates[standing.best]:
                 best = standing.best
         if best != standing.best:
             standing.best, standing.rival, standing.check_after = best, standing.best, self.MIN_CHECK
@@ -233,7 +237,7 @@ class DraftController:
                     num_steps = int(self.REPEAT_SECONDS / (self._rounds_per_step * seconds[arm]))
                     self._repeat = min(max(num_steps, self.REPEAT), self.LONGEST_REPEAT)
                 else:
-                    self._rest = min(max(int(due), self.REST), self.LONGEST_REST)
+                    self._rest = max(min(int(due), self.LONG_REST), min(int(due) // 2, self.LONGEST_REST), self.REST)
         self._last, self._last_rows = self.draft_counts[arm], num_rows
         return self._last
 
@@ -312,6 +316,11 @@ class DraftController:
         if num_drafts is not None:
             self._first_drafts = 1 + self.TRIAL_LENGTH
             self._count_probe(num_drafts, num_rounds, 1)
+
+    def observe_wake(self, num_rows: int, seconds: float, num_rounds: int = 1) -> None:
+        """A step in which a head took in what it had missed. What it took longer than one without drafts is of the change to them."""
+        self._look_back(is_run_over=True)
+        self._costs.observe_wake(num_rows, seconds / num_rounds)
 
     def _count_probe(self, num_drafts: int, num_rounds: int, num_steps: int) -> None:
         """Steps whose rounds are known."""

@@ -71,7 +71,7 @@ class _CostFilter:
     def observe_change(self, arm: int, seconds: float) -> None:
         """The steps before and after a change to this number of drafts took so much longer together than others."""
         self.num_changes = min(self.num_changes + 1, self.CHANGES - self.ASSUMED_CHANGES)
-        most = 0.5 * self.seconds[arm]
+        most = self.seconds[arm]
         off = min(max(seconds - self.change_seconds, -most), most)
         self.change_seconds += off / (self.num_changes + self.ASSUMED_CHANGES)
 
@@ -165,10 +165,10 @@ class StepCosts:
         costs = self._filter(cell[0])
         excess, self._excess = self._excess, 0.0
         if cell != last:
-            if last is not None and last[0] == cell[0] and costs.num_samples[arm]:
-                costs.observe_change(arm, excess + steps[0] - costs.seconds[arm])
             self._is_run_known = False
             num_unsettled = max((len(steps) - 1) // 2, 1)
+            if last is not None and last[0] == cell[0] and costs.num_samples[arm]:
+                costs.observe_change(arm, excess + sum(steps[:num_unsettled]) - num_unsettled * costs.seconds[arm])
             first, steps = steps[0], steps[num_unsettled:]
             self._num_steps += num_unsettled
             if not costs.num_samples[arm]:
@@ -209,6 +209,13 @@ class StepCosts:
     def interrupt(self, num_rows: int, arm: int | None) -> None:
         """A step that cannot be compared came in between; the next is like it where both have this many rows and this arm."""
         self._cells = (None, None if arm is None else (self.bucket(num_rows), arm))
+
+    def observe_wake(self, num_rows: int, seconds: float) -> None:
+        """A step between one without drafts and the first with some, of which it is a part of what the change costs."""
+        bucket = self.bucket(num_rows)
+        costs = self._filters.get(bucket)
+        self.interrupt(num_rows, 0)
+        self._excess += max(seconds - costs.seconds[0], 0.0) if costs is not None else 0.0
 
     def change(self, bucket: int) -> float:
         """Seconds of a round that a change of the number of drafts costs, in the steps around it."""

@@ -44,6 +44,10 @@ class DraftPolicy(Protocol):
         """A step that `observe_step` is not told of, since it did more; None where that was prompts."""
         ...
 
+    def observe_wake(self, num_rows: int, seconds: float, num_rounds: int = 1) -> None:
+        """A step of so many rounds that woke a head took so long."""
+        ...
+
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
         """A row had so many drafts verified, or asked for in vain."""
         ...
@@ -72,6 +76,9 @@ class FixedDrafts:
         pass
 
     def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
+        pass
+
+    def observe_wake(self, num_rows: int, seconds: float, num_rounds: int = 1) -> None:
         pass
 
     def observe_round(self, acceptance: Any, num_drafts: int, num_accepted: int) -> None:
@@ -241,7 +248,7 @@ class DraftScheduler:
             self._ready.clear()
             self._num_tiles.clear()
             self.concerns_rows = self.wakes_head = False
-        if not may_draft or self._rests():
+        if not may_draft or (not self._postponed and self._rests()):
             return 0
         if self._num_unsettled >= self.SETTLE_AFTER:
             self._settle()
@@ -401,8 +408,10 @@ class DraftScheduler:
         """A step took so long, catching up included, and brought this."""
         num_rows, num_rounds = len(step.decode), step.num_decode_steps
         self._num_unsettled += num_rounds
-        if step.prefill or step.wakes_head:
+        if step.prefill:
             self.policy.observe_other_step(num_rows, None)
+        elif step.wakes_head:
+            self.policy.observe_wake(num_rows, seconds, num_rounds)
         elif step.catch_up:  # its cost is in the account, and in no round's
             self.policy.observe_other_step(num_rows, step.num_drafts, num_rounds)
         else:

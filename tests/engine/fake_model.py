@@ -450,6 +450,9 @@ class DraftsInTurn:
     def observe_other_step(self, num_rows: int, num_drafts: int | None, num_rounds: int = 1) -> None:
         pass
 
+    def observe_wake(self, num_rows: int, seconds: float, num_rounds: int = 1) -> None:
+        pass
+
     def observe_round(self, acceptance: None, num_drafts: int, num_accepted: int) -> None:
         assert 0 <= num_accepted <= num_drafts
 

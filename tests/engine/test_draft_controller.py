@@ -391,15 +391,21 @@ def test_what_changes_of_the_number_cost_is_learned_and_makes_them_seldom(rate, 
     assert statistics.fmean(run(seed) for seed in range(24)) <= 1.025
 
 
-@pytest.mark.parametrize("hand_over", [0.0, 0.2, 0.5])
-def test_a_change_is_known_to_cost_what_the_steps_around_it_took_longer(hand_over):
-    """Half of the changes are to more drafts. Only those take longer."""
+@pytest.mark.parametrize("wake", [0.0, 0.3])
+@pytest.mark.parametrize(("hand_over", "slow_start"), [(0.0, 0.0), (0.2, 0.0), (0.5, 0.0), (0.2, 0.05)])
+def test_a_change_is_known_to_cost_what_the_steps_around_it_took_longer(hand_over, slow_start, wake):
+    """Half of the changes are to more drafts: the last step before takes longer, and one more wakes a head. After the others the first
+    five steps take longer."""
     costs, chance = StepCosts(DRAFT_COUNTS), random.Random(1)
     for _ in range(100):
-        *plain_steps, last = [chance.uniform(0.9, 1.1) * (100.0 if chance.random() < 0.005 else 1.0) for _ in range(16)]
-        costs.observe(8, 0, [*plain_steps, last + hand_over], is_run_over=True)
+        plain_steps = [chance.uniform(0.9, 1.1) * (100.0 if chance.random() < 0.005 else 1.0) for _ in range(17)]
+        plain_steps = [step + slow_start * (idx < 5) + hand_over * (idx == 16) for idx, step in enumerate(plain_steps)]
+        costs.observe(8, 0, plain_steps, is_run_over=True)
+        if wake:
+            costs.observe_wake(8, 1.0 + wake)
         costs.observe(8, 1, [1.3 * chance.uniform(0.9, 1.1) for _ in range(4)], is_run_over=True)
-    assert costs.change(costs.bucket(8)) == pytest.approx(hand_over / 2, abs=0.05)
+    both = hand_over + 5 * slow_start + wake
+    assert costs.change(costs.bucket(8)) == pytest.approx(both / 2, abs=0.05)
     assert costs.change(costs.bucket(64)) == 0.0, "nothing was measured there"
 
 

@@ -179,6 +179,26 @@ def test_a_request_is_drafted_for_as_it_asks() -> None:
     assert {request_id: max(counts) for request_id, counts in drafted.items()} == {"r0": 4, "r1": 0, "r2": 2, "r3": 4}
 
 
+class _RestsAfterwards(DraftsInTurn):
+    """Rests for a step after each choice of drafts, as its rounds come in."""
+
+    def rests(self) -> bool:
+        has_drafted, self._last = self._last > 0, -1
+        return has_drafted or super().rests()
+
+
+def test_a_head_that_was_woken_drafts_in_the_next_step_even_if_that_was_to_rest() -> None:
+    simulation = Simulation(Setup(draft_counts=(3,), method="eagle3", max_model_len=64))
+    assert simulation.scheduler.drafts is not None
+    simulation.scheduler.drafts.policy = _RestsAfterwards((3, 0, 0, 0))
+    simulation.add(make_request("r0", [1, 2, 3], max_tokens=50))
+    simulation.run(200)
+    kinds = ["wakes" if step.wakes_head else step.num_drafts for step in simulation.steps if step.decode]
+    assert kinds.count("wakes") > 5
+    assert all(after == 3 for kind, after in pairwise(kinds) if kind == "wakes")
+    assert all(after == 0 for kind, after in pairwise(kinds) if kind == 3)
+
+
 def test_nobody_loses_blocks_for_drafts() -> None:
     """With room for what rows surely need, and not for drafts, nobody is preempted."""
     setup = Setup(num_blocks=1 + 2 * 5, max_num_seqs=2, max_model_len=20, draft_counts=(8,), block_size=4)
